@@ -1,0 +1,11 @@
+"""Does a backend compute what the contract says? Every op of kernels/spec.py, against float64.
+
+    verdicts = conform(kernels.select("torch"), torch.device("cpu"), seed=1)
+
+Not here: printing (the command line does). Read next: cases.py (what is tried), compare.py (rules).
+"""
+
+from overleap.kernels.conformance.compare import RULES, Rule
+from overleap.kernels.conformance.run import Verdict, conform, op_names
+
+__all__ = ["RULES", "Rule", "Verdict", "conform", "op_names"]

@@ -1,0 +1,292 @@
+"""The contract of every op: what goes in, what comes out, which ties win. Chips implement this.
+
+Not here: any arithmetic. The definition in plain torch is kernels/torch/; a chip is a folder.
+Read next: kernels/torch/attention.py (the op that matters most), kernels/__init__.py (who serves).
+
+Letters: T packed tokens of this step, B sequences, D hidden width, M residual streams, H query
+heads, K head width, R rotary width, I indexer heads, J indexer width, S entries of a sequence,
+P pages, E experts, X experts per token, F expert inner width, N outputs of a linear, G groups.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A linear weight [N, K] as stored; packed bytes stay packed.
+
+    data   bf16 | f32 [N, K], or float8_e4m3fn [N, K], or int8 [N, K/2] (two e2m1 values a
+           byte, low nibble is the even input)
+    scale  None for plain; float8_e8m0fnu [ceil(N/128), ceil(K/128)] with e4m3 data,
+           [N, K/32] with e2m1 data (report section 3.4; released layout)
+    """
+
+    data: Tensor
+    scale: Tensor | None = None
+
+    @property
+    def packed(self) -> bool:
+        """True for FP8 and FP4 bytes."""
+        return self.scale is not None
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How a cache row is kept.
+
+    kind   `kv`: e4m3 plain dims in groups of 64, bf16 rotary dims, ue8m0 scales, padded to 8;
+           `key`: e2m1 in groups of 32, e8m0 scales; `wide`: float32
+    width  values in a row (K or J)
+    rope   rotary dims at the end of a `kv` row
+    """
+
+    kind: Literal["kv", "key", "wide"]
+    width: int
+    rope: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the stored rows: uint8 bytes or float32."""
+        return torch.float32 if self.kind == "wide" else torch.uint8
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Paged rows of one layer: [P, rows a page, row]. A sequence counts its rows as entries."""
+
+    rows: Tensor
+    format: RowFormat
+
+    @property
+    def per_page(self) -> int:
+        """Rows in one page."""
+        return self.rows.shape[1]
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Which packed tokens belong to which sequence, and where each sequence stands.
+
+    start, count, slot  per sequence: absolute position of its first new token, new tokens, slot
+    offset              B + 1 row numbers into the packed tokens
+    position_T, slot_T  i64 [T]  absolute position and slot of every token
+    table_BP            i64 [B, P]  pages of every sequence, -1 beyond its last
+    """
+
+    start: tuple[int, ...]
+    count: tuple[int, ...]
+    slot: tuple[int, ...]
+    offset: tuple[int, ...]
+    position_T: Tensor
+    slot_T: Tensor
+    table_BP: Tensor
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[int, int, int, Sequence[int]]], device: torch.device) -> Self:
+        """From (start, count, slot, pages) of every sequence."""
+        start, count, slot, pages = zip(*parts, strict=True)
+        offset = [0]
+        for n in count:
+            offset.append(offset[-1] + n)
+        position = torch.cat([torch.arange(s, s + n) for s, n in zip(start, count, strict=True)])
+        table = torch.full((len(parts), max(map(len, pages))), -1, dtype=torch.int64)
+        for row, numbers in enumerate(pages):
+            table[row, : len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
+        return cls(
+            start,
+            count,
+            slot,
+            tuple(offset),
+            position.to(device),
+            torch.repeat_interleave(torch.tensor(slot), torch.tensor(count)).to(device),
+            table.to(device),
+        )
+
+    def emitted(self, ratio: int) -> list[tuple[int, int]]:
+        """Per sequence, the blocks [first, last) of `ratio` tokens that this step completes."""
+        return [(s // ratio, (s + n) // ratio) for s, n in zip(self.start, self.count, strict=True)]
+
+    def last_rows(self, capacity: int) -> Tensor | None:
+        """Packed rows that survive in a ring of `capacity` rows; None means all of them."""
+        if max(self.count) <= capacity:
+            return None
+        ends = zip(self.offset[:-1], self.offset[1:], strict=True)
+        rows = [torch.arange(max(a, b - capacity), b) for a, b in ends]
+        return torch.cat(rows).to(self.position_T.device)
+
+
+class Ops(Protocol):
+    """Every op. Float inputs may be f32 or bf16; results have the dtype of the first tensor
+    argument unless the docstring says f32. Accumulation is f32. Nothing is written but what an
+    op named *_write says.
+    """
+
+    def matmul(self, x: Tensor, weight: Weight, round_input: bool) -> Tensor:
+        """x [T, K] times weight transposed -> [T, N].
+
+        round_input rounds x to e4m3 in groups of 128 first (power-of-two scales), as the
+        released FP8/FP4 linears do (section 3.6 of the facts).
+        Bytes moved: weight once, x and result once. Operations: 2 T N K.
+        """
+        ...
+
+    def grouped_matmul(self, x_TGI: Tensor, weight: Weight) -> Tensor:
+        """Block-diagonal linear: group g of x times rows g of weight [G * N, I] -> [T, G, N].
+
+        The first half of the output projection (report section 2.3.1); inputs are not rounded.
+        """
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) over the last dim, times weight [width] where given."""
+        ...
+
+    def norm_rope(
+        self, x: Tensor, weight: Tensor | None, eps: float, position: Tensor, frequency: Tensor
+    ) -> Tensor:
+        """rms_norm, then rotation of the last R dims by position.
+
+        x          [T, K] or [T, H, K]
+        position   i64 [T]
+        frequency  f32 [R / 2]   radians per token; pairs are interleaved (2i, 2i + 1)
+        """
+        ...
+
+    def rotate(self, x: Tensor, position: Tensor, frequency: Tensor, inverse: bool) -> Tensor:
+        """Rotation of the last R dims alone, forward or inverse (undoes the rotation of values)."""
+        ...
+
+    def hadamard(self, x: Tensor) -> Tensor:
+        """Normalised Walsh-Hadamard transform of the last dim (a power of two), Sylvester order."""
+        ...
+
+    def quantize(self, x: Tensor, row: RowFormat) -> Tensor:
+        """Values [..., width] as cache rows [..., row]: packed bytes, or f32 for `wide`. Exact rule
+        of section 3.6: scale 2^ceil(log2(amax / max)), ties to even."""
+        ...
+
+    def window_write(self, ring: Tensor, rows_T: Tensor, spans: Spans) -> None:
+        """ring[slot, position mod capacity] = row, for the last `capacity` tokens of a sequence.
+
+        ring [slots, capacity, ...]; rows_T [T, ...]
+        """
+        ...
+
+    def page_write(self, pool: Pool, rows_E: Tensor, ratio: int, spans: Spans) -> None:
+        """Entries completed in this step (spans.emitted order) into their pages."""
+        ...
+
+    def compress(
+        self, rows_T2W: Tensor, tail: Tensor, ape: Tensor, ratio: int, spans: Spans
+    ) -> Tensor:
+        """Gated pooling of key/value rows into one entry per block (eqs 9-12, 20-23).
+
+        rows_T2W  f32 [T, 2, W]   values and gates of the new tokens
+        tail      f32 [slots, capacity, 2, W]  earlier rows, ring by position
+        ape       f32 [ratio, W]  position biases of the gates
+        returns   f32 [entries completed, C], order of spans.emitted(ratio)
+
+        W = C: softmax over the ratio rows of a block, per channel. W = 2C (overlapped): over
+        2 * ratio rows, the first half of W from the block before, the second half from the
+        block itself; block 0 has no block before.
+        """
+        ...
+
+    def index_topk(
+        self, q_TI: Tensor, weight_TI: Tensor, keys: Pool, ratio: int, spans: Spans, k: int
+    ) -> Tensor:
+        """Choose the k best compressed entries for every token.
+
+        q_TI       rows [T, I, row] in the format of the keys
+        weight_TI  f32  [T, I]      head weights, already scaled
+        returns    i64  [T, k]      entry numbers, best first, -1 where fewer than k are visible
+
+        A token sees entries s < (position + 1) // ratio.
+        score(t, s) = sum over i of weight[t, i] * relu(q[t, i] . key[s])   (report eq. 16)
+        Equal scores: the smaller entry wins. Scratch memory must not grow with S.
+        """
+        ...
+
+    def attend(
+        self,
+        q_THK: Tensor,
+        fresh_T: Tensor,
+        ring: Pool,
+        entries: Pool | None,
+        chosen_Tk: Tensor | None,
+        ratio: int,
+        sink_H: Tensor,
+        scale: float,
+        window: int,
+        spans: Spans,
+    ) -> tuple[Tensor, Tensor]:
+        """One softmax over window rows, compressed entries and a sink; a row is key and value.
+
+        q_THK    [T, H, K]   after rotation
+        fresh_T  rows [T, row]  window rows of this step's tokens (not yet in the ring)
+        ring     [slots, capacity, row]  earlier window rows
+        entries  paged entries of this layer, or None
+        chosen   i64 [T, k] entry numbers (-1: none), or None for every visible entry
+        sink_H   f32 [H]     logit that takes part in the denominator only (eq. 27)
+        returns  o [T, H, K] and the log denominator f32 [T, H], sink included
+
+        A token sees the `window` positions up to its own, and entries s < (position + 1) // ratio.
+        """
+        ...
+
+    def route(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        fixed_TX: Tensor | None,
+        k: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Experts and weights of every token: affinity sqrt(softplus(x W^T)) in f32.
+
+        bias [E] counts for selection only; fixed_TX i64 [T, X] overrides selection (hash layers).
+        returns ids i64 [T, X] (best first; ties: smaller expert) and f32 [T, X] weights:
+        affinities of the chosen, divided by their sum, times scale.
+        """
+        ...
+
+    def experts(
+        self,
+        x_TD: Tensor,
+        ids_TX: Tensor,
+        weight_TX: Tensor,
+        w1: Sequence[Weight],
+        w2: Sequence[Weight],
+        w3: Sequence[Weight],
+        limit: float,
+        round_input: bool,
+    ) -> Tensor:
+        """Sum over chosen experts of w2(silu(min(w1 x, limit)) * clamp(w3 x, +-limit) * weight)."""
+        ...
+
+    def hc_pre(
+        self,
+        x_TMD: Tensor,
+        fn: Tensor,
+        base: Tensor,
+        scale: Tensor,
+        iterations: int,
+        eps: float,
+        norm_eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Collapse the streams for a sub-layer, and how to spread its result (eqs 3-8).
+
+        fn f32 [(2 + M) M, M D], base f32 [(2 + M) M], scale f32 [3]: pre, post, comb
+        returns y [T, D], post f32 [T, M], comb f32 [T, M, M] doubly stochastic, ended on columns
+        """
+        ...
+
+    def hc_post(self, y_TD: Tensor, x_TMD: Tensor, post_TM: Tensor, comb_TMM: Tensor) -> Tensor:
+        """Stream k becomes post[k] y + sum over j of comb[j, k] x[j] (eq. 1) -> [T, M, D]."""
+        ...
