@@ -1,0 +1,1 @@
+"""What a sequence remembers. Empty on purpose: layout.py must import without torch. Start there."""
