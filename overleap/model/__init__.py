@@ -1,0 +1,1 @@
+"""The paper, one section per file. Knows tensors, never requests. Start at transformer.py."""

@@ -1,0 +1,109 @@
+"""Attention of one layer: sliding window, and compressed entries where the layer has them.
+
+One class, one path: prefill, chunk, decode and verification differ only in how many tokens come.
+Report section 2.3; the order of norm, rotation and rounding follows the released code.
+"""
+
+from torch import Tensor, nn
+
+from overleap.cache.state import LayerCache
+from overleap.config import RATIO_OF_KIND, LayerKind, ModelConfig
+from overleap.kernels.spec import Ops, Spans
+from overleap.model.compressor import Compressor
+from overleap.model.indexer import Indexer, IndexerTap
+from overleap.model.layers import Linear, RMSNorm, parameter
+
+
+class Attention(nn.Module):
+    """Multi-query attention over shared key/value rows, with a grouped output projection."""
+
+    compressor: Compressor | None
+    indexer: Indexer | None
+
+    def __init__(self, config: ModelConfig, kind: LayerKind, ops: Ops) -> None:
+        super().__init__()
+        self.ops, self.kind, self.ratio = ops, kind, RATIO_OF_KIND[kind]
+        self.heads, self.groups = config.num_attention_heads, config.o_groups
+        self.eps, self.window = config.rms_norm_eps, config.sliding_window
+        self.scale = config.head_dim**-0.5
+        wide = self.heads * config.head_dim
+        self.attn_sink = parameter(self.heads)
+        self.wq_a = Linear(config.hidden_size, config.q_lora_rank, ops)
+        self.q_norm = RMSNorm(config.q_lora_rank, self.eps, ops)
+        self.wq_b = Linear(config.q_lora_rank, wide, ops)
+        self.wkv = Linear(config.hidden_size, config.head_dim, ops)
+        self.kv_norm = RMSNorm(config.head_dim, self.eps, ops)
+        self.wo_a = Linear(wide // self.groups, self.groups * config.o_lora_rank, ops, exact=True)
+        self.wo_b = Linear(self.groups * config.o_lora_rank, config.hidden_size, ops)
+        self.compressor = self.indexer = None
+        if kind is not LayerKind.SLIDING:
+            self.compressor = Compressor(config, kind, config.head_dim, False, ops)
+        if kind is LayerKind.CSA:
+            self.indexer = Indexer(config, ops)
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        layer: LayerCache,
+        frequency: Tensor,
+        spans: Spans,
+        tap: list[IndexerTap] | None,
+    ) -> Tensor:
+        """[T, D] -> [T, D]; writes this step's rows and entries into `layer`."""
+        ops, position = self.ops, spans.position_T
+        latent_TQ = self.q_norm(self.wq_a(x_TD))
+        q_THK = self.wq_b(latent_TQ).unflatten(-1, (self.heads, -1))
+        q_THK = ops.norm_rope(q_THK, None, self.eps, position, frequency)
+        kv_TK = ops.norm_rope(self.wkv(x_TD), self.kv_norm.weight, self.eps, position, frequency)
+        fresh_T = ops.quantize(kv_TK, layer.ring.format)
+        if self.compressor is not None:
+            assert layer.tail is not None and layer.entries is not None
+            self.compressor(x_TD, layer.tail, layer.entries, frequency, spans)
+        chosen, index = None, None
+        if self.indexer is not None:
+            chosen, index = self._choose(x_TD, latent_TQ, layer, frequency, spans, tap is not None)
+        o_THK, lse_TH = ops.attend(
+            q_THK,
+            fresh_T,
+            layer.ring,
+            layer.entries,
+            chosen,
+            self.ratio,
+            self.attn_sink,
+            self.scale,
+            self.window,
+            spans,
+        )
+        ops.window_write(layer.ring.rows, fresh_T, spans)
+        if tap is not None and index is not None and layer.entries and layer.keys:
+            tap.append(
+                IndexerTap(
+                    q_THK.detach(), lse_TH.detach(), layer.entries, layer.keys, *index, self.scale
+                )
+            )
+        o_THK = ops.rotate(o_THK, position, frequency, True)
+        o_TGI = o_THK.flatten(1).unflatten(1, (self.groups, -1))
+        out: Tensor = self.wo_b(ops.grouped_matmul(o_TGI, self.wo_a.stored).flatten(1))
+        return out
+
+    def _choose(
+        self,
+        x_TD: Tensor,
+        latent_TQ: Tensor,
+        layer: LayerCache,
+        frequency: Tensor,
+        spans: Spans,
+        tapped: bool,
+    ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+        """Entry numbers [T, k], or None where every visible entry would be chosen anyway."""
+        assert self.indexer is not None and layer.keys is not None
+        x_TD, latent_TQ = x_TD.detach(), latent_TQ.detach()
+        self.indexer.write_keys(x_TD, layer, frequency, spans)
+        visible = max(last for _, last in spans.emitted(self.ratio))
+        if visible <= self.indexer.topk and not tapped:
+            return None, None
+        q, weight = self.indexer.queries(x_TD, latent_TQ, layer.keys, frequency, spans)
+        if visible <= self.indexer.topk:
+            return None, (q, weight)
+        chosen = self.ops.index_topk(q, weight, layer.keys, self.ratio, spans, self.indexer.topk)
+        return chosen, (q, weight)

@@ -1,0 +1,74 @@
+"""Mixture of experts: hash or score routing, routed experts and the shared one.
+
+Report section 2.1. Arithmetic is in kernels/ (`route`, `experts`).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from overleap.config import ModelConfig
+from overleap.kernels.spec import Ops
+from overleap.kernels.torch.moe import gated
+from overleap.model.layers import Linear, parameter
+
+
+class Expert(nn.Module):
+    """w1 gate, w3 up, w2 down; the released names."""
+
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        wide = config.moe_intermediate_size
+        self.w1 = Linear(config.hidden_size, wide, ops)
+        self.w2 = Linear(wide, config.hidden_size, ops)
+        self.w3 = Linear(config.hidden_size, wide, ops)
+
+
+class Gate(nn.Module):
+    """The router's tensors: weight, and a selection bias or (hash layers) a table of experts."""
+
+    bias: nn.Parameter | None
+    tid2eid: nn.Parameter | None
+
+    def __init__(self, config: ModelConfig, hashed: bool) -> None:
+        super().__init__()
+        self.weight = parameter(config.n_routed_experts, config.hidden_size)
+        table = parameter(config.vocab_size, config.num_experts_per_tok, dtype=torch.int32)
+        self.register_parameter("bias", None if hashed else parameter(config.n_routed_experts))
+        self.register_parameter("tid2eid", table if hashed else None)
+
+
+class MoE(nn.Module):
+    """x [T, D] and token ids [T] -> [T, D]."""
+
+    def __init__(self, config: ModelConfig, hashed: bool, ops: Ops) -> None:
+        super().__init__()
+        self.gate = Gate(config, hashed)
+        self.experts = nn.ModuleList(Expert(config, ops) for _ in range(config.n_routed_experts))
+        self.shared_experts = Expert(config, ops)
+        self.ops, self.limit = ops, config.swiglu_limit
+        self.k, self.scale = config.num_experts_per_tok, config.routed_scaling_factor
+
+    def route(self, x_TD: Tensor, ids_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts i64 [T, X] and weights f32 [T, X] of every token."""
+        gate = self.gate
+        fixed = None if gate.tid2eid is None else gate.tid2eid[ids_T].long()
+        return self.ops.route(x_TD, gate.weight, gate.bias, fixed, self.k, self.scale)
+
+    def forward(self, x_TD: Tensor, ids_T: Tensor) -> Tensor:
+        """Routed experts plus the shared expert."""
+        chosen_TX, weight_TX = self.route(x_TD, ids_T)
+        every = [expert for expert in self.experts if isinstance(expert, Expert)]
+        routed = self.ops.experts(
+            x_TD,
+            chosen_TX,
+            weight_TX,
+            [expert.w1.stored for expert in every],
+            [expert.w2.stored for expert in every],
+            [expert.w3.stored for expert in every],
+            self.limit,
+            every[0].w1.rounds_input,
+        )
+        shared = self.shared_experts
+        hidden = gated(shared.w1(x_TD), shared.w3(x_TD), self.limit).to(x_TD.dtype)
+        down: Tensor = shared.w2(hidden)
+        return routed + down
