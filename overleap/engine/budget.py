@@ -1,0 +1,109 @@
+"""What a run needs in memory, known before it starts; what does not fit is refused with numbers.
+
+Not here: byte formulas (cache/layout.py), what is free (machine.py).
+"""
+
+from dataclasses import dataclass
+
+from overleap import machine
+from overleap.cache import layout
+from overleap.cache.layout import PAGE_TOKENS, CacheFormat
+from overleap.config import ModelConfig
+from overleap.errors import CapacityError
+
+CHUNKS = (512, 256, 128, 64)  # tokens of a step, the largest that fits is taken
+SPARE_PAGES = 2  # for the page a new answer opens while a kept prefix still holds its own
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A run that fits.
+
+    pages, slots, chunk_tokens  for the engine
+    resident_bytes              the process as it is now, weights read so far included
+    cache_bytes, scratch_bytes  what it will take beside that
+    """
+
+    pages: int
+    slots: int
+    chunk_tokens: int
+    resident_bytes: int
+    cache_bytes: int
+    scratch_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted peak of resident memory."""
+        return self.resident_bytes + self.cache_bytes + self.scratch_bytes
+
+
+def budget(
+    config: ModelConfig,
+    tokens: int,
+    cache_format: CacheFormat,
+    *,
+    memory_bytes: int | None = None,
+    slots: int = 2,
+    resident_bytes: int | None = None,
+) -> Budget:
+    """Room for one text of `tokens` tokens within memory_bytes, or within what is free.
+
+    memory_bytes    for the whole process; None: what it has now and what is free
+    resident_bytes  the process as it is now; measured when not given
+    Raises CapacityError naming the largest context that fits.
+    """
+    now = machine.resident_bytes() if resident_bytes is None else resident_bytes
+    if memory_bytes is None:
+        free = machine.free_bytes()
+        memory_bytes = now + free if free is not None else 1 << 62
+    fixed = slots * layout.slot_bytes(config, cache_format).total
+    page = layout.page_bytes(config, cache_format)
+    pages = layout.pages_for(tokens) + SPARE_PAGES
+    for chunk in CHUNKS:
+        scratch = layout.scratch_bytes(config, chunk)
+        found = Budget(pages, slots, chunk, now, fixed + pages * page, scratch)
+        if found.peak_bytes <= memory_bytes:
+            return found
+    least = now + fixed + layout.scratch_bytes(config, CHUNKS[-1])
+    largest = max(0, (memory_bytes - least) // page - SPARE_PAGES) * PAGE_TOKENS
+    raise CapacityError(
+        f"a context of {tokens} tokens needs {machine.size(least + pages * page)} of memory "
+        f"({machine.size(pages * page)} of cache), {machine.size(memory_bytes)} may be used",
+        f"a context of {largest} tokens fits" if largest else "no context fits beside the weights",
+    )
+
+
+def pages_in(config: ModelConfig, memory_bytes: int, slots: int, cache_format: CacheFormat) -> int:
+    """Pages that fit into memory_bytes beside the slots. CapacityError when none does."""
+    page = layout.page_bytes(config, cache_format)
+    fixed = slots * layout.slot_bytes(config, cache_format).total
+    if memory_bytes < fixed + page:
+        raise CapacityError(
+            f"a cache of {slots} slots and one page needs {fixed + page} bytes, "
+            f"{memory_bytes} are given",
+            "give the cache more memory or fewer slots",
+        )
+    return (memory_bytes - fixed) // page
+
+
+def parse_bytes(text: str) -> int:
+    """`8GiB`, `512 MiB`, `2e9` or `2GB` as bytes. Raises CapacityError for anything else."""
+    number = text.strip().lower()
+    scale = 1.0
+    for unit, factor in _UNITS.items():
+        if number.endswith(unit):
+            number, scale = number.removesuffix(unit), factor
+            break
+    try:
+        value = float(number) * scale
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1 << 60:
+        raise CapacityError(f"{text!r} is no amount of memory", "write it like 8GiB or 512MiB")
+    return int(value)
+
+
+_UNITS = {
+    "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30, "tib": 2.0**40,
+    "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "b": 1.0,
+}  # fmt: skip

@@ -1,0 +1,69 @@
+"""State equivalence over memory, disk and restarts: however a prefix was found, the same logits.
+
+Lengths around the ends of pages. Other ways to run a text: tests/test_state.py.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from overleap.cache.disk import DiskTier
+from overleap.cache.layout import CacheFormat
+from tests.engine.restart import Said, ask, make_engine, make_model, prompt_of
+from tests.oracles.steady import Steady
+
+ROOT = Path(__file__).resolve().parents[2]
+TOLERANCE = 1e-4  # of the largest log-probability, that of test_state.py
+SHORT = (1, 127, 128, 129, 255, 256, 257, 383, 384, 385, 511, 512, 513)
+LONG = (4095, 4096, 4097)
+
+
+def in_a_new_process(
+    seed: int, cache_format: CacheFormat, folder: Path, lengths: tuple[int, ...]
+) -> list[Said]:
+    command = [sys.executable, "-m", "tests.engine.restart", str(seed), cache_format, str(folder)]
+    done = subprocess.run(
+        [*command, *map(str, lengths)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return [Said(**said) for said in json.loads(done.stdout)]
+
+
+@pytest.mark.parametrize("cache_format", CacheFormat)
+@pytest.mark.parametrize("lengths", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)])
+def test_found_in_memory_on_disk_and_after_a_restart(
+    cache_format: CacheFormat, lengths: tuple[int, ...], tmp_path: Path, seed: int
+) -> None:
+    model, folder = make_model(seed), tmp_path / "kept"
+    cold: list[Said] = []
+    far = 0.0
+    with DiskTier(folder, space_bytes=10**10) as disk, Steady():
+        for length in lengths:
+            prompt, found = prompt_of(seed, length), (length - 1) // 128 * 128
+            cold.append(ask(make_engine(model, cache_format, None, share=False), prompt))
+            engine = make_engine(model, cache_format, disk)
+            first = ask(engine, prompt)
+            memory = ask(engine, prompt)
+            engine._prefix.clear()
+            again = ask(engine, prompt)
+            other = ask(make_engine(model, cache_format, disk), prompt)
+            assert (cold[-1].cached, first.cached) == (0, 0)
+            for said in (memory, again, other):
+                assert said.cached == found
+                assert said.ids == first.ids == cold[-1].ids
+                assert said.logprobs == memory.logprobs, "what comes back is what was kept"
+            far = max(far, first.far_from(cold[-1]), memory.far_from(cold[-1]))
+        stats = disk.stats()
+        assert stats.errors == stats.dropped == stats.refused == 0
+        assert stats.hits == 2 * sum(length > 128 for length in lengths)
+    for before, after, length in zip(
+        cold, in_a_new_process(seed, cache_format, folder, lengths), lengths, strict=True
+    ):
+        assert after.cached == (length - 1) // 128 * 128
+        assert after.ids == before.ids
+        far = max(far, after.far_from(before))
+    print(f"largest distance {far:.1e}")
+    assert far <= TOLERANCE

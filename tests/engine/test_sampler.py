@@ -1,0 +1,191 @@
+"""Tokens from logits: exact candidate sets, unbiased draws, ties, log-probabilities, bad rows."""
+
+import math
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from overleap.engine import sampler
+from overleap.engine.request import Sampling
+from overleap.engine.sampler import Draw, candidates, sample, uniform
+from overleap.errors import BackendError
+
+
+def kept_by_definition(logits: list[float], sampling: Sampling) -> dict[int, float]:
+    """The three cuts again, in plain Python. Sums too close to call are not drawn."""
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[: sampling.top_k]
+    best = logits[order[0]]
+    weight = [math.exp((logits[i] - best) / sampling.temperature) for i in order]
+    total = math.fsum(weight)
+    kept: dict[int, float] = {}
+    for rank, i in enumerate(order):
+        reached = math.fsum(weight[:rank]) / total
+        if sampling.top_p < 1:
+            assume(abs(reached - sampling.top_p) > 1e-12)
+        assume(rank == 0 or abs(weight[rank] - sampling.min_p) > 1e-12)
+        if rank == 0 or (reached < sampling.top_p and weight[rank] >= sampling.min_p):
+            kept[i] = weight[rank] / total
+    return kept
+
+
+@given(
+    logits=st.lists(st.integers(-20, 20).map(lambda x: x / 4), min_size=1, max_size=40),
+    temperature=st.floats(0.05, 4),
+    top_k=st.none() | st.integers(1, 50),
+    top_p=st.just(1.0) | st.floats(0.01, 1),
+    min_p=st.just(0.0) | st.floats(0, 1),
+)
+def test_candidates_are_the_definition(
+    logits: list[float], temperature: float, top_k: int | None, top_p: float, min_p: float
+) -> None:
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    wanted = kept_by_definition(logits, sampling)
+    probability, ids = candidates(torch.tensor(logits, dtype=torch.float32), sampling)
+    assert ids.tolist() == sorted(wanted)
+    assert probability.tolist() == pytest.approx([wanted[i] for i in sorted(wanted)], rel=1e-9)
+
+
+def test_ties_go_to_the_smaller_id() -> None:
+    logits = torch.tensor([0.0, 2.0, 2.0, 1.0, 2.0])
+    assert sample(logits, Draw(Sampling(temperature=0), 0, 0)).id == 1
+    assert candidates(logits, Sampling(top_k=2))[1].tolist() == [1, 2]
+    assert candidates(logits, Sampling(top_p=0.3))[1].tolist() == [1, 2]
+    top = sample(logits, Draw(Sampling(temperature=0, logprobs=4), 0, 0)).top_logprobs
+    assert [token for token, _ in top] == [1, 2, 4, 3]
+
+
+def deviations(counts: list[int], shares: list[float]) -> float:
+    """Chi-square as standard deviations of a normal (Wilson and Hilferty's cube root).
+
+    Rare outcomes are put together until 20 are expected, where the approximation holds.
+    """
+    total = sum(counts)
+    bins, seen, share = [], 0, 0.0
+    for p, count in sorted(zip(shares, counts, strict=True)):
+        seen, share = seen + count, share + p
+        if share * total >= 20:
+            bins.append((seen - share * total) ** 2 / (share * total))
+            seen, share = 0, 0.0
+    assert total * share < 20 and len(bins) > 1
+    scale = 2 / (9 * (len(bins) - 1))
+    return ((sum(bins) / (len(bins) - 1)) ** (1 / 3) - (1 - scale)) / math.sqrt(scale)
+
+
+def test_deviations_see_a_bias() -> None:
+    assert deviations([1000] * 8, [0.125] * 8) < 0
+    assert deviations([1200, 800] * 4, [0.125] * 8) > 6
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(temperature=0.7),
+        Sampling(temperature=1.8, top_k=5),
+        Sampling(top_p=0.8),
+        Sampling(min_p=0.1),
+        Sampling(temperature=1.3, top_k=9, top_p=0.9, min_p=0.02),
+    ],
+)
+@pytest.mark.parametrize("over", ["answers", "tokens"])
+def test_draws_follow_the_distribution(sampling: Sampling, over: str, seed: int) -> None:
+    """Over many seeds and over many tokens of one answer. Six deviations: one run in 10^8."""
+    number = random.Random(seed)
+    # The two best are equal, so that no cut leaves a single candidate.
+    logits = torch.tensor([2.0, 2.0, *(number.uniform(-3, 2) for _ in range(10))])
+    probability, ids = candidates(logits, sampling)
+    counts = dict.fromkeys(ids.tolist(), 0)
+    for n in range(8000):
+        draw = Draw(sampling, seed, n) if over == "tokens" else Draw(sampling, seed + n, 3)
+        counts[sample(logits, draw).id] += 1
+    shares = (probability / probability.sum()).tolist()
+    assert deviations(list(counts.values()), shares) < 6
+
+
+def test_neighbouring_draws_are_independent(seed: int) -> None:
+    """Pairs (token n, token n + 1) and (seed s, seed s + 1) fill a 10 x 10 table evenly."""
+    for values in (
+        [uniform(seed, n) for n in range(20000)],
+        [uniform(seed + n, 0) for n in range(20000)],
+    ):
+        table = [0] * 100
+        for a, b in pairwise(values):
+            table[int(a * 10) * 10 + int(b * 10)] += 1
+        assert deviations(table, [0.01] * 100) < 6
+        assert min(values) >= 0 and max(values) < 1
+
+
+def test_draws_do_not_change_between_releases() -> None:
+    """Someone may have kept a seed: these numbers are a promise."""
+    assert [uniform(0, 0), uniform(-1, 0), uniform(2**63 - 1, 10**6)] == [
+        0.04844697841706569,
+        0.22080352211401044,
+        0.16611536901236434,
+    ]
+
+
+@pytest.mark.parametrize("rows", [2, 7])
+def test_a_row_does_not_see_its_batch(rows: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits_RV = torch.randn(rows, 1003, generator=generator)
+    for sampling in (Sampling(logprobs=3), Sampling(top_p=0.9, top_k=50, logprobs=0)):
+        for row in range(rows):
+            alone = sample(logits_RV[row].clone(), Draw(sampling, seed, row))
+            assert sample(logits_RV[row], Draw(sampling, seed, row)) == alone
+
+
+def test_logprobs_are_of_the_models_own_distribution(seed: int) -> None:
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(seed)) * 3
+    wanted = logits.double() - logits.double().exp().sum().log()
+    for sampling in (
+        Sampling(temperature=0, logprobs=5),
+        Sampling(temperature=0.3, top_k=2, logprobs=5),
+    ):
+        token = sample(logits, Draw(sampling, seed, 0))
+        assert token.logprob == pytest.approx(float(wanted[token.id]), abs=1e-9)
+        ids = wanted.argsort(descending=True)[:5].tolist()
+        assert [i for i, _ in token.top_logprobs] == ids
+        for i, value in token.top_logprobs:
+            assert value == pytest.approx(float(wanted[i]), abs=1e-9)
+    none = sample(logits, Draw(Sampling(temperature=0), seed, 0))
+    assert none.logprob is None and none.top_logprobs == ()
+    own = sample(logits, Draw(Sampling(temperature=0, logprobs=0), seed, 0))
+    assert own.logprob is not None and own.top_logprobs == ()
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-8, 1e8, 1e300])
+def test_extreme_temperatures(temperature: float, seed: int) -> None:
+    logits = torch.tensor([1.0, 3.0, 2.0, float("-inf")])
+    chosen = {
+        sample(logits, Draw(Sampling(temperature=temperature), seed + n, 0)).id for n in range(200)
+    }
+    assert chosen == ({1} if temperature < 1 else {0, 1, 2})
+
+
+def test_a_token_owns_the_start_of_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.tensor([0.0, float("-inf"), 0.0])
+    for drawn, token in ((0.0, 0), (0.5 - 2**-53, 0), (0.5, 2), (1 - 2**-53, 2)):
+        monkeypatch.setattr(sampler, "uniform", lambda *_, drawn=drawn: drawn)
+        assert sample(logits, Draw(Sampling(), 0, 0)).id == token
+
+
+def test_forbidden_tokens_are_never_drawn(seed: int) -> None:
+    logits = torch.full((300,), float("-inf"))
+    logits[[7, 250]] = 0.0
+    for n in range(100):
+        assert sample(logits, Draw(Sampling(logprobs=3), seed, n)).id in (7, 250)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_broken_logits_are_refused(bad: float) -> None:
+    logits = torch.zeros(9)
+    logits[4] = bad
+    for sampling in (Sampling(), Sampling(temperature=0), Sampling(top_k=2)):
+        with pytest.raises(BackendError, match="token 5 of the answer is"):
+            sample(logits, Draw(sampling, 0, 5))
+    with pytest.raises(BackendError, match="-inf"):
+        sample(torch.full((9,), float("-inf")), Draw(Sampling(), 0, 0))

@@ -1,0 +1,85 @@
+"""Answers held against the same answers from scratch: sound ones pass, damaged state is named."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from overleap.cache.layout import CacheFormat
+from overleap.engine.engine import Engine
+from overleap.engine.request import Completion, Request, Sampling, Token
+from overleap.engine.verify import check, differences
+from overleap.errors import StateError
+from overleap.model.transformer import Transformer
+from tests.checkpoints import random_tensors, tiny_config
+
+
+def make_model(seed: int) -> Transformer:
+    config = tiny_config(seed)
+    model = Transformer(config)
+    model.assign(random_tensors(config, seed))
+    return model
+
+
+@pytest.mark.parametrize("form", CacheFormat)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_sound_answers_pass(form: CacheFormat, temperature: float, seed: int) -> None:
+    model, draw = make_model(seed), random.Random(seed)
+    engine = Engine(model, pages=16, slots=2, format=form, chunk_tokens=97)
+    shared = [draw.randrange(2, model.config.vocab_size) for _ in range(300)]
+    for tail in (1, 70, 200):
+        prompt = shared + [draw.randrange(2, model.config.vocab_size) for _ in range(tail)]
+        sampling = Sampling(temperature=temperature, max_tokens=9)
+        request = Request(prompt=prompt, sampling=sampling)
+        check(model, request, engine.generate(request), format=form)
+    assert engine.stats().hit_tokens >= 256
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_wrong_token_is_named(temperature: float, seed: int) -> None:
+    model, draw = make_model(seed), random.Random(seed)
+    engine = Engine(model, pages=16, format=CacheFormat.WIDE)
+    prompt = [draw.randrange(2, model.config.vocab_size) for _ in range(40)]
+    sampling = Sampling(temperature=temperature, max_tokens=6, stop_ids=())
+    request = Request(prompt=prompt, sampling=sampling)
+    answer = engine.generate(request)
+    logits = engine.generate(replace(request, id="again", sampling=replace(sampling, logprobs=1)))
+    worst = (logits.ids[3] + 1) % model.config.vocab_size
+    changed = list(answer.tokens)
+    changed[3] = Token(worst)
+    forged = Completion(tuple(changed), answer.finish)
+    found = differences(model, request, forged, format=CacheFormat.WIDE)
+    assert found[0].index == 3
+    assert (found[0].token, found[0].expected) == (worst, answer.ids[3])
+
+
+def test_a_damaged_prefix_is_caught(seed: int) -> None:
+    model, draw = make_model(seed), random.Random(seed)
+    engine = Engine(model, pages=16, format=CacheFormat.WIDE)
+    prompt = [draw.randrange(2, model.config.vocab_size) for _ in range(400)]
+    sampling = Sampling(temperature=0, max_tokens=12, stop_ids=())
+    engine.generate(Request(prompt=prompt, sampling=sampling))
+    generator = torch.Generator().manual_seed(seed)
+    pool = engine._cache.pool
+    for rows in [p.rows for p in (*pool.entries, *pool.keys) if p is not None]:
+        rows.copy_(5 * torch.randn(rows.shape, generator=generator))
+    request = Request(prompt=prompt, sampling=sampling)
+    damaged = engine.generate(request)
+    assert damaged.finish.usage.cached_tokens >= 256
+    with pytest.raises(StateError, match="from scratch it is"):
+        check(model, request, damaged, format=CacheFormat.WIDE)
+
+
+def test_a_stop_token_is_checked_too(seed: int) -> None:
+    model, draw = make_model(seed), random.Random(seed)
+    engine = Engine(model, pages=16, format=CacheFormat.WIDE)
+    prompt = [draw.randrange(2, model.config.vocab_size) for _ in range(40)]
+    free = Sampling(temperature=0, max_tokens=3, stop_ids=())
+    first = engine.generate(Request(prompt=prompt, sampling=free)).ids[0]
+    request = Request(prompt=prompt, sampling=replace(free, stop_ids=(first,)))
+    answer = engine.generate(request)
+    assert (answer.ids, answer.finish.stop_id) == ([], first)
+    assert differences(model, request, answer, format=CacheFormat.WIDE) == []
+    lying = Completion((), replace(answer.finish, stop_id=first - 1))
+    assert differences(model, request, lying, format=CacheFormat.WIDE)[0].expected == first
