@@ -1,0 +1,287 @@
+"""Requests to prompts: chat messages and API bodies become text with marked special tokens.
+
+What a request may say and which settings follow; the text itself is put together in rendering.py.
+Read next: rendering.py, replies.py (the way back), tokenizer.py (encode_prompt).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import deepseek_recipe as recipe
+
+from overleap.chat.profiles import Preamble, Profile
+from overleap.chat.rendering import Item, Level, check_messages, render_messages, tool_definitions
+from overleap.chat.replies import Beginning, ReplyFormat
+from overleap.errors import DialectError
+
+Api = Literal["chat", "responses", "messages"]
+ToolChoice = Literal["auto", "none", "required"]
+
+# The vendor's library knows the levels of the general release; we use them to ask for a text.
+_RENDERED_LEVEL: dict[Preamble, Level] = {
+    "none": "low",
+    "absolute": "high",
+    "beyond": "max",
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered prompt.
+
+    text      the whole prompt, BOS included
+    special   ascending, disjoint (start, end) offsets into `text`, each one special token; all
+              other text is plain, whatever it spells
+    reply     how the text generated after it is to be read
+    """
+
+    text: str
+    special: tuple[tuple[int, int], ...]
+    reply: ReplyFormat
+
+
+def render_chat(
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    profile: Profile,
+    thinking: bool | None = None,
+    effort: str | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
+    tool_choice: ToolChoice = "auto",
+    response_format: Mapping[str, Any] | None = None,
+    stop: Sequence[str] = (),
+    transcript: bool = False,
+) -> Prompt:
+    """Render messages in the shape of Chat Completions, as the checkpoint's own encoder does.
+
+    messages         roles system, user, assistant, tool, latest_reminder, developer; an assistant
+                     message may carry reasoning_content, tool_calls, prefix (continue it); a
+                     developer message its own tools; user and developer messages a task
+                     (action, query, authority, domain, read_url), assistant messages the task title
+    thinking         None: what the profile does by default. Off: no reasoning is rendered
+    effort           a level of the profile; None: its default. "none" turns thinking off
+    tools            {"type": "function", "function": {"name", "description", "parameters"}}
+    response_format  {"type": "text" | "json_object" | "json_schema" | "regex", ...}
+    transcript       the messages are a finished conversation, ended by an assistant message: close
+                     it and open no new reply (training data, test vectors)
+
+    Without tools, reasoning before the last user message is left out, as the checkpoints were
+    trained (report section 5.1.1).
+    Raises DialectError.
+    """
+    level = _level(profile, thinking, effort)
+    if tool_choice == "required" and (level is not None or not tools):
+        raise DialectError(
+            f"a tool call is required, and {'thinking is on' if tools else 'there are no tools'}",
+            "the prompt opens the call, which needs tools, and thinking turned off",
+        )
+    checked = check_messages(messages)
+    last = checked[-1]
+    if transcript and (last["role"] != "assistant" or last.get("prefix")):
+        ending = "a prefix to continue" if last.get("prefix") else f"a {last['role']} message"
+        raise DialectError(
+            f"a finished transcript ends with a finished assistant message, this one with {ending}"
+        )
+    items, conversation = render_messages(
+        checked,
+        level=level,
+        tools=tool_definitions(tools),
+        settings={"tool_choice": tool_choice, **_format_arguments(response_format)},
+        transcript=transcript,
+    )
+    pending = transcript or last.get("task")
+    begins = "content" if pending else _begins(conversation)
+    return _prompt(items, _reply_format(conversation, begins, tuple(stop)))
+
+
+def render_body(
+    api: Api, body: Mapping[str, Any], *, profile: Profile
+) -> tuple[Prompt, recipe.ConversationRequest]:
+    """Render the JSON body of an API request, read and checked by the vendor's library.
+
+    api      "chat" (Chat Completions), "responses" or "messages" (Anthropic)
+    returns  the prompt, and the library's request for what else it holds (sampling, limits, the
+             event stream of that API)
+
+    Only the effort level is ours: it means what `profile` says, also where the body names none.
+    Raises DialectError, with the library's sentence for what it refuses.
+    """
+    _require_chat(profile)
+    _refuse_images(body)
+    model = str(body.get("model", profile.name))
+    options = recipe.ConversionOptions(
+        default_thinking_mode=profile.thinks
+    ).with_model_versions_by_name({model: recipe.ModelVersion.DeepseekV4Pro})
+    given = {**_with_reasoning_content(body), "model": model}
+    try:
+        match api:
+            case "chat":
+                request = recipe.ChatCompletionRequest(given).convert(options)
+            case "responses":
+                request = recipe.ResponsesRequest(given).convert(options)
+            case "messages":
+                request = recipe.MessagesRequest(given).convert(options)
+    except (recipe.ConversionError, ValueError, TypeError, OverflowError) as error:
+        raise DialectError(str(error)) from error
+    read = request.conversation
+    asked = read.reasoning_effort if _named_effort(api, body) else None
+    level = _level(profile, read.thinking_mode, asked if read.thinking_mode else None)
+    conversation = recipe.Conversation(
+        read.messages,
+        thinking_mode=read.thinking_mode,
+        tools=read.tools,
+        tool_choice=read.tool_choice,
+        reasoning_effort=level,
+        **_format_of(read),
+    )
+    rendered = recipe.DeepseekV4Encoding().render_conversation(conversation)
+    stop = tuple(request.parsing_options.stop_sequences)
+    reply = _reply_format(conversation, _begins(conversation), stop)
+    return Prompt(rendered.prompt, tuple(rendered.special_ranges), reply), request
+
+
+def ask_prompt(
+    document: str,
+    question: str,
+    profile: Profile,
+    *,
+    thinking: bool | None = None,
+    effort: str | None = None,
+) -> Prompt:
+    """One question about one document, the document first.
+
+    All prompts about one document begin with the same tokens, so that a cache of it serves every
+    question. Raises DialectError for a base model.
+    """
+    message = {"role": "user", "content": f"{document}\n\n{question}"}
+    return render_chat([message], profile=profile, thinking=thinking, effort=effort)
+
+
+def _prompt(items: Sequence[Item], reply: ReplyFormat) -> Prompt:
+    ranges, at = [], 0
+    for item in items:
+        if item.kind == "special":
+            ranges.append((at, at + len(item.text)))
+        at += len(item.text)
+    return Prompt("".join(item.text for item in items), tuple(ranges), reply)
+
+
+# -- settings
+
+
+def _level(profile: Profile, thinking: bool | None, effort: str | None) -> Level | None:
+    """The library's level that renders what the profile means; None: thinking is off."""
+    _require_chat(profile)
+    if effort == "none":
+        if thinking:
+            raise DialectError("thinking is on, and effort 'none' turns it off: choose one")
+        return None
+    on = profile.thinks if thinking is None else thinking
+    if on and not profile.thinks:
+        raise DialectError(
+            f"{profile.name} does not think aloud", "turn thinking off, or choose another model"
+        )
+    if not on:
+        if effort is not None:
+            raise DialectError(f"effort {effort!r} asks for thinking, which is off")
+        return None
+    return _RENDERED_LEVEL[profile.preamble(effort)]
+
+
+def _require_chat(profile: Profile) -> None:
+    if not profile.chat:
+        raise DialectError(
+            f"{profile.name} is a base model without a chat format",
+            "give it plain text to continue (`overleap generate`)",
+        )
+
+
+def _begins(conversation: recipe.Conversation) -> Beginning:
+    """What the reply to a rendered conversation starts with."""
+    last = conversation.messages[-1]
+    if last.prefix and last.content:
+        return "content continued"
+    if last.prefix and last.reasoning_content and conversation.thinking_mode:
+        return "reasoning continued"
+    if conversation.tools and conversation.tool_choice == "required":
+        return "tool calls"
+    return "reasoning" if conversation.thinking_mode else "content"
+
+
+def _reply_format(
+    conversation: recipe.Conversation, begins: Beginning, stop: tuple[str, ...]
+) -> ReplyFormat:
+    return ReplyFormat(
+        begins=begins,
+        tools=bool(conversation.tools) and conversation.tool_choice != "none",
+        json_only=conversation.response_format == "json_object",
+        stop=stop,
+    )
+
+
+def _format_arguments(response_format: Mapping[str, Any] | None) -> dict[str, Any]:
+    """response_format of Chat Completions as arguments of the library's Conversation."""
+    match response_format:
+        case None | {"type": "text"}:
+            return {}
+        case {"type": "json_object"}:
+            return {"response_format": "json_object"}
+        case {"type": "json_schema", "json_schema": {"schema": schema}}:
+            return {"response_schema": schema}
+        case {"type": "regex", "regex": str(pattern)}:
+            return {"response_regex": pattern}
+    raise DialectError(
+        f"response_format {json.dumps(response_format, default=str)} is not understood",
+        "its type is text, json_object, json_schema (json_schema.schema) or regex (regex)",
+    )
+
+
+def _format_of(conversation: recipe.Conversation) -> dict[str, Any]:
+    match conversation.response_format:
+        case "json_object":
+            return {"response_format": "json_object"}
+        case "json_schema":
+            return {"response_schema": conversation.response_schema}
+        case "regex":
+            return {"response_regex": conversation.response_regex}
+    return {}
+
+
+# -- API bodies
+
+
+def _named_effort(api: Api, body: Mapping[str, Any]) -> bool:
+    """Whether a body names an effort level; the library fills in its own where it does not."""
+    if api == "chat":
+        return body.get("reasoning_effort") is not None
+    inner = body.get("reasoning" if api == "responses" else "output_config")
+    return isinstance(inner, Mapping) and inner.get("effort") is not None
+
+
+def _with_reasoning_content(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The body, with `reasoning` of messages (a newer name) given as `reasoning_content`."""
+    messages = body.get("messages")
+    if not isinstance(messages, list):
+        return dict(body)
+    renamed = [
+        {**m, "reasoning_content": m.get("reasoning_content", m["reasoning"])}
+        if isinstance(m, Mapping) and isinstance(m.get("reasoning"), str)
+        else m
+        for m in messages
+    ]
+    return {**body, "messages": renamed}
+
+
+def _refuse_images(body: Mapping[str, Any]) -> None:
+    """The library writes a placeholder text for an image; we say that it cannot be read."""
+    stack: list[Any] = [body.get("messages"), body.get("input")]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Mapping):
+            if value.get("type") in ("image_url", "image", "input_image"):
+                raise DialectError("this model reads text only, and the request holds an image")
+            stack.append(value.get("content"))
+        elif isinstance(value, list):
+            stack.extend(value)
