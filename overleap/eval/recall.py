@@ -1,0 +1,80 @@
+"""Reading comprehension: a long document with planted facts, and what the model answers.
+
+Not here: the facts themselves (needle.py). Used by `overleap demo` and by the training room.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from overleap.chat.dialects import ask_prompt
+from overleap.chat.profiles import Profile
+from overleap.chat.tokenizer import Tokenizer
+from overleap.engine.engine import Engine
+from overleap.engine.request import Progress, Request, Sampling, Token, Usage
+from overleap.errors import RequestError
+from overleap.eval.needle import Fact, Planted, plant, stdlib_text
+
+ANSWER_TOKENS = 12
+_RESERVE = 64  # tokens for the question and the chat frame around a document
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question, the reply, and what it took."""
+
+    fact: Fact
+    reply: str
+    usage: Usage
+
+    @property
+    def right(self) -> bool:
+        """Whether the reply is the planted value."""
+        return self.fact.is_answered_by(self.reply)
+
+
+def document(tokenizer: Tokenizer, tokens: int, facts: int, seed: int) -> Planted:
+    """Standard library text of about `tokens` tokens with `facts` facts at random depths.
+
+    Prompts about it are at most `tokens` long, and rarely more than 2 % shorter.
+    Raises RequestError when `tokens` has no room for the facts or exceeds the library's text.
+    """
+    room = tokens - _RESERVE - 16 * facts
+    if room < 64:
+        raise RequestError(
+            f"{tokens} tokens are too few for {facts} facts and a document",
+            f"ask for at least {_RESERVE + 16 * facts + 64}",
+        )
+    text = stdlib_text(seed)
+    ids = tokenizer.encode(text[: 8 * room])
+    if len(ids) < room:
+        raise RequestError(f"the standard library has {len(ids)} tokens, {room} are needed")
+    cut = tokenizer.decode(ids[:room])
+    return plant(cut[: cut.rfind("\n") + 1], facts, seed)
+
+
+def questions(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    profile: Profile,
+    planted: Planted,
+    progress: Callable[[Progress], None] | None = None,
+) -> Iterator[Answer]:
+    """Ask about every fact, greedily, each in a prompt of its own that repeats the document.
+
+    progress  called while a prompt is being read; the document is read once and found again
+    """
+    for fact in planted.facts:
+        prompt = ask_prompt(planted.text.rstrip(), fact.question, profile)
+        sampling = Sampling(temperature=0, max_tokens=ANSWER_TOKENS)
+        request = Request(prompt=tokenizer.encode_prompt(prompt), sampling=sampling)
+        handle = engine.submit(request)
+        ids = []
+        for event in engine.stream(handle):
+            if isinstance(event, Progress) and progress is not None:
+                progress(event)
+            elif isinstance(event, Token):
+                ids.append(event.id)
+        assert handle.finish is not None
+        if handle.finish.error is not None:
+            raise handle.finish.error
+        yield Answer(fact, tokenizer.decode(ids).strip(), handle.finish.usage)
