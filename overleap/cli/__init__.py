@@ -1,0 +1,11 @@
+"""The command `overleap`: each command a few lines that call a room.
+
+The only room that may read the environment. Read next: talk.py (ask, chat, generate, demo),
+tools.py (logits, conform, version), models.py (checkpoints), kept.py (prefixes on disk), bench.py,
+screen.py (the terminal).
+"""
+
+from overleap.cli import bench, kept, models, talk, tools
+from overleap.cli.app import app, main
+
+__all__ = ["app", "bench", "kept", "main", "models", "talk", "tools"]

@@ -1,0 +1,84 @@
+"""The command's frame: the app, options that several commands share, and how errors end.
+
+Not here: commands. Read next: talk.py.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from overleap.cli import screen
+from overleap.errors import OverleapError, RequestError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Run, check and train DeepSeek-V4-architecture models on the hardware that is there.",
+)
+models = typer.Typer(no_args_is_help=True, help="Look at, verify and convert checkpoints.")
+app.add_typer(models, name="models")
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Folder, hub id org/name, or `mini` (bundled).")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+MaxTokens = Annotated[int, typer.Option(help="Tokens of an answer at most.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same answer; drawn when not given.")]
+Effort = Annotated[
+    str | None, typer.Option(help="Effort of thinking, as the checkpoint names its levels.")
+]
+Thinking = Annotated[
+    bool | None, typer.Option("--thinking/--no-thinking", help="Think aloud, where it can.")
+]
+Memory = Annotated[
+    str | None, typer.Option(help="Limit for the whole process, like 8GiB; else what is free.")
+]
+CacheKind = Annotated[
+    str,
+    typer.Option("--cache", help="`release` (packed FP8/FP4) or `wide` (float32, no rounding)."),
+]
+Keep = Annotated[
+    bool, typer.Option("--keep/--no-keep", help="Keep what is read on disk, for later questions.")
+]
+CacheDir = Annotated[
+    Path | None, typer.Option(help="Where that is kept; else the user's cache folder.")
+]
+CacheSpace = Annotated[str, typer.Option(help="Disk space that it may take.")]
+
+
+def main() -> None:
+    """Entry point: errors meant for people end with status 1, not with a trace."""
+    try:
+        app()
+    except OverleapError as error:
+        screen.show_error(error)
+        sys.exit(1)
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+def cache_format_of(name: str) -> Any:
+    from overleap.cache.layout import CacheFormat
+
+    if name not in list(CacheFormat):
+        raise RequestError(f"--cache is {name!r}", "it is `release` or `wide`")
+    return CacheFormat(name)
+
+
+def text_of(name: str) -> str:
+    """A file's text, or standard input for `-`."""
+    try:
+        raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        return raw.decode("utf-8")
+    except OSError as error:
+        raise RequestError(f"{name} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{name} is not UTF-8 text: byte {error.start} of {len(error.object)}",
+            "convert it first, for example with iconv or pdftotext",
+        ) from None

@@ -1,0 +1,88 @@
+"""What the commands put on a terminal: errors, bars, tables, sizes. Talk goes to stderr.
+
+Not here: the commands (cli.py).
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from overleap.errors import OverleapError
+from overleap.machine import size
+
+talk = Console(stderr=True, highlight=False)
+
+
+def note(text: str) -> None:
+    """A quiet line of talk on stderr."""
+    talk.print(_plain(text), style="dim", soft_wrap=True)
+
+
+def show_error(error: OverleapError) -> None:
+    """One sentence, and a hint where there is one."""
+    talk.print(f"[bold red]error:[/] {_plain(error.message)}", soft_wrap=True)
+    if error.hint is not None:
+        talk.print(f"[bold]hint:[/] {_plain(error.hint)}", soft_wrap=True)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def put_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def put_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table on stdout."""
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(_plain(str(cell)) for cell in row))
+    Console(highlight=False).print(table)
+
+
+class _Rate(ProgressColumn):
+    """Units per second of a task."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        unit = task.fields["unit"]
+        if unit == "B":
+            return Text("" if speed is None else f"{size(speed)}/s")
+        return Text("" if speed is None else f"{speed:,.0f} {unit}/s")
+
+
+class Bar:
+    """A running progress bar; call it with (done, total)."""
+
+    def __init__(self, progress: Progress, label: str, unit: str) -> None:
+        self._progress = progress
+        self._task = progress.add_task(label, total=None, unit=unit)
+
+    def __call__(self, done: int, total: int) -> None:
+        self._progress.update(self._task, completed=done, total=total)
+
+
+@contextmanager
+def bar(label: str, unit: str) -> Iterator[Bar]:
+    """A bar with rate and time left on stderr, gone when done. unit `B` shows bytes as sizes."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        _Rate(),
+        TimeRemainingColumn(),
+    )
+    quiet = not talk.is_terminal
+    with Progress(*columns, console=talk, transient=True, disable=quiet) as progress:
+        yield Bar(progress, label, unit)

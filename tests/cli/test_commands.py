@@ -1,0 +1,181 @@
+"""Every command as a person runs it, on the bundled model: output, exit status, bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from overleap.checkpoint import locate
+from overleap.cli import app
+from overleap.errors import OverleapError
+
+
+def run(*arguments: object, text: str | None = None) -> Result:
+    """The command in this process; errors for people are raised, as main() would show them."""
+    return CliRunner().invoke(app, [str(a) for a in arguments], input=text, catch_exceptions=False)
+
+
+def json_of(*arguments: object) -> Any:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+FACTS = "The color of Alice is green.\nThe city is quiet.\nThe metal of Oscar is copper.\n"
+
+
+def test_ask_reads_files_and_answers(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("import os\n" * 40, "utf-8")
+    (tmp_path / "b.txt").write_text(FACTS, "utf-8")
+    said = json_of("ask", tmp_path / "a.txt", tmp_path / "b.txt", "What is the metal of Oscar?")
+    assert said["reply"]["content"].strip() == "copper"
+    assert said["usage"]["prompt_tokens"] > 100
+    shown = run("ask", "-", "What is the color of Alice?", text=FACTS)
+    assert shown.exit_code == 0
+    assert shown.stdout.strip() == "green"
+    for words in ("tokens read", "B a token", "decode", "peak memory"):
+        assert words in shown.stderr
+
+
+def test_ask_refuses_what_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "picture").write_bytes(b"\x89PNG\xff")
+    with pytest.raises(OverleapError, match=r"not UTF-8 text: byte 0 of 5"):
+        run("ask", tmp_path / "picture", "What?")
+    with pytest.raises(OverleapError, match="No such file"):
+        run("ask", tmp_path / "nothing", "What?")
+
+
+def test_chat_remembers_and_starts_over() -> None:
+    asked = [f"{' '.join(FACTS.split())} What is the color of Alice?"]
+    lines = "\n".join([*asked, "What is the metal of Oscar?", "/new", ""])
+    result = run("chat", "--temperature", 0, "--max-tokens", 4, text=lines)
+    assert result.exit_code == 0
+    first, second = result.stdout.split("\n")[:2]
+    assert (first.strip(), second.strip()) == ("green", "copper")
+
+
+def test_generate_is_repeatable_by_seed(seed: int) -> None:
+    said = [json_of("generate", "def main(", "--max-tokens", 12, "--seed", seed) for _ in range(2)]
+    assert said[0]["text"] == said[1]["text"]
+    again = json_of("generate", "def main(", "--max-tokens", 12)
+    assert again["seed"] != seed
+    assert again["usage"]["generated_tokens"] == 12 or again["reason"] == "stop"
+
+
+def test_logits_of_every_position_whatever_the_chunk(tmp_path: Path, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(20, 4000, (300,), generator=generator).tolist()
+    (tmp_path / "ids.json").write_text(json.dumps(ids), "utf-8")
+    found = []
+    for chunk in (300, 77):
+        out = tmp_path / f"{chunk}.safetensors"
+        assert run(
+            "logits", "mini", tmp_path / "ids.json", out, "--cache", "wide", "--chunk", chunk
+        ).exit_code == 0  # fmt: skip
+        found.append(load_file(out)["logits"])
+    assert found[0].shape == (300, 4096)
+    assert found[0].dtype == torch.float32
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [("[1, 2", "is not JSON"), ("{}", "not a JSON array"), ("[1, -2]", "token 1 is -2"),
+     ("[]", "at least one id"), ("[4096]", "ids are 0 to 4095"), ("[true]", "token 0 is True")],
+)  # fmt: skip
+def test_logits_refuses_other_ids(tmp_path: Path, content: str, sentence: str) -> None:
+    (tmp_path / "ids.json").write_text(content, "utf-8")
+    with pytest.raises(OverleapError, match=sentence.replace("[", r"\[")):
+        run("logits", "mini", tmp_path / "ids.json", tmp_path / "out.safetensors")
+
+
+def test_demo_shows_its_table(seed: int) -> None:
+    said = json_of("demo", "--tokens", 1024, "--facts", 3, "--seed", seed)
+    assert len(said["answers"]) == said["facts"] == 3
+    assert said["right"] == sum(answer["right"] for answer in said["answers"])
+    assert said["tokens"] <= 1024
+    shown = run("demo", "--tokens", 600, "--facts", 2)
+    assert "of 2 right" in shown.stdout
+    assert "formula:" in shown.stdout
+    with pytest.raises(OverleapError, match="too few for 20 facts"):
+        run("demo", "--tokens", 256, "--facts", 20)
+
+
+def test_models_show_verify_convert(tmp_path: Path) -> None:
+    facts = json_of("models", "show", "mini")
+    assert facts["layers"]["csa"] and facts["layers"]["hca"] and facts["layers"]["sliding"]
+    assert facts["layers"]["mtp"] == 1
+    target = tmp_path / "wide"
+    assert run("models", "convert", "mini", target, "--form", "f32").exit_code == 0
+    assert json_of("models", "verify", target)["ok"]
+    path = next(target.glob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 4
+    path.write_bytes(data)
+    damaged = run("models", "verify", target)
+    assert damaged.exit_code == 1
+    assert path.name in damaged.stdout
+    with pytest.raises(OverleapError, match="no form is called 'int4'"):
+        run("models", "convert", "mini", tmp_path / "x", "--form", "int4")
+
+
+def test_the_bundled_model_is_sound_and_small() -> None:
+    assert json_of("models", "verify", "mini")["ok"]
+    folder = locate("mini")
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 20 * 2**20
+    assert (folder / "MODEL_CARD.md").exists()
+
+
+def test_conform_one_op() -> None:
+    said = json_of("conform", "--op", "hadamard")
+    assert said["verdicts"]
+    assert all(verdict["passed"] for verdict in said["verdicts"])
+
+
+def test_errors_end_with_status_1_and_a_hint() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "overleap.cli",
+        "ask",
+        "README.md",
+        "x",
+        "--model",
+        "no/such/thing",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "hint: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["ask", "chat", "generate", "logits", "demo", "conform"])
+def test_every_help_has_an_example(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert "Example: " in result.stdout
+
+
+def test_help_answers_without_torch() -> None:
+    code = "import sys, overleap.cli as c; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_run(path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, path], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert len(path.read_text("utf-8").splitlines()) < 40
