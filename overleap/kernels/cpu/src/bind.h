@@ -1,0 +1,25 @@
+// What every family of ops binds with.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+
+namespace overleap {
+
+// An address as Python passes it: Tensor.data_ptr(), 0 for none.
+using Address = uint64_t;
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// Kernels never touch Python objects, so other threads may run Python meanwhile.
+using Unlocked = nanobind::call_guard<nanobind::gil_scoped_release>;
+
+void bind_linear(nanobind::module_& m);     // matmul, grouped_matmul, experts
+void bind_attention(nanobind::module_& m);  // index_topk, attend
+void bind_rows(nanobind::module_& m);       // norms, rotation, rows, compress, route, streams
+
+}  // namespace overleap

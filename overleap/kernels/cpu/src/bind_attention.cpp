@@ -1,0 +1,7 @@
+#include "bind.h"
+
+namespace overleap {
+
+void bind_attention(nanobind::module_&) {}
+
+}  // namespace overleap

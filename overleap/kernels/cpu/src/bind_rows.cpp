@@ -1,0 +1,7 @@
+#include "bind.h"
+
+namespace overleap {
+
+void bind_rows(nanobind::module_&) {}
+
+}  // namespace overleap

@@ -1,0 +1,54 @@
+// The extension module: instruction set, then the ops by family. Tensors come as addresses, shapes
+// as numbers; the Python side of a family (../linear.py, ...) has checked both.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "bind.h"
+#include "isa.h"
+
+namespace nb = nanobind;
+
+namespace overleap {
+
+Isa best_isa() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
+                __builtin_cpu_supports("avx512bf16");
+    if (wide) return Isa::avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+#endif
+    return Isa::portable;
+}
+
+static Isa current = best_isa();
+
+Isa isa() { return current; }
+
+void set_isa(Isa wanted) {
+    if (wanted > best_isa()) throw std::invalid_argument("this machine lacks that instruction set");
+    current = wanted;
+}
+
+}  // namespace overleap
+
+NB_MODULE(_native, m) {
+    m.def("isa", [] {
+        const char* names[] = {"portable", "avx2", "avx512"};
+        return std::string(names[static_cast<int>(overleap::isa())]);
+    });
+    m.def("set_isa", [](const std::string& name) {
+        if (name == "portable") overleap::set_isa(overleap::Isa::portable);
+        else if (name == "avx2") overleap::set_isa(overleap::Isa::avx2);
+        else if (name == "avx512") overleap::set_isa(overleap::Isa::avx512);
+        else throw std::invalid_argument("no such instruction set");
+    });
+    overleap::bind_linear(m);
+    overleap::bind_attention(m);
+    overleap::bind_rows(m);
+}
