@@ -1,46 +1,89 @@
 """Who serves each op on a device, decided once when a model is built.
 
-A backend is a folder beside this file. Today: `torch`, the definition, on every torch device.
+A backend is a folder beside this file, or another package's module named by the entry point group
+`overleap.kernels`; its function `ops()` returns the ops it has by name, or raises BackendError.
+`torch` is the definition and has every op on every torch device. Read next: spec.py.
 """
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 from overleap.errors import BackendError
-from overleap.kernels.spec import Ops
+from overleap.kernels.spec import OP_NAMES, Ops
 
-BACKENDS = ("torch",)
+OWN = {"cpu": "overleap.kernels.cpu", "torch": "overleap.kernels.torch"}
+DEFINITION = "torch"
+PREFERRED = {"cpu": ("cpu",)}  # by type of device; what these lack, the definition serves
 
 
-def select(wanted: str = "auto") -> Ops:
-    """The ops of a backend by name, or the best that is there for `auto`.
+@dataclass(frozen=True)
+class Served:
+    """Which backend serves an op, and why not the one before it in line ("" where it does)."""
 
-    Raises BackendError when a backend asked for by name cannot serve.
+    op: str
+    backend: str
+    reason: str
+
+
+def backends() -> list[str]:
+    """Names that select() takes: the project's own, then those of other packages."""
+    return [*OWN, *sorted(entry.name for entry in entry_points(group="overleap.kernels"))]
+
+
+def select(wanted: str = "auto", device: str = "cpu") -> Ops:
+    """The ops of a backend by name, or the best there is for this type of device (`auto`).
+
+    Raises BackendError when a backend asked for by name cannot serve at all. What it lacks, the
+    definition serves; `table` says so.
     """
-    if wanted not in ("auto", *BACKENDS):
-        raise BackendError(
-            f"no kernel backend is called {wanted!r}", f"backends are {', '.join(BACKENDS)}"
-        )
-    from overleap.kernels.torch import attention, compress, hyper, linear, moe
+    found, _ = _decide(wanted, device)
+    return cast(Ops, SimpleNamespace(**found))
 
-    return cast(
-        Ops,
-        SimpleNamespace(
-            matmul=linear.matmul,
-            grouped_matmul=linear.grouped_matmul,
-            rms_norm=linear.rms_norm,
-            norm_rope=linear.norm_rope,
-            rotate=linear.rotate,
-            hadamard=linear.hadamard,
-            quantize=linear.quantize,
-            window_write=attention.window_write,
-            page_write=attention.page_write,
-            compress=compress.compress,
-            index_topk=attention.index_topk,
-            attend=attention.attend,
-            route=moe.route,
-            experts=moe.experts,
-            hc_pre=hyper.hc_pre,
-            hc_post=hyper.hc_post,
-        ),
-    )
+
+def table(wanted: str = "auto", device: str = "cpu") -> list[Served]:
+    """Who serves each op when select() is asked the same."""
+    return _decide(wanted, device)[1]
+
+
+def _decide(wanted: str, device: str) -> tuple[dict[str, Any], list[Served]]:
+    line = PREFERRED.get(device, ()) if wanted == "auto" else (wanted,)
+    found: dict[str, Any] = {}
+    why = dict.fromkeys(OP_NAMES, "")
+    who = dict.fromkeys(OP_NAMES, DEFINITION)
+    for name in line:
+        try:
+            having = _ops_of(name)
+        except BackendError as error:
+            if wanted != "auto":
+                raise
+            why = {op: reason or f"{name}: {error}" for op, reason in why.items()}
+            continue
+        for op in OP_NAMES:
+            if op not in found and op in having:
+                found[op], who[op] = having[op], name
+            elif op not in found:
+                why[op] = why[op] or f"{name} has none"
+    for op, function in _ops_of(DEFINITION).items():
+        found.setdefault(op, function)
+    return found, [Served(op, who[op], why[op]) for op in OP_NAMES]
+
+
+def _ops_of(name: str) -> Mapping[str, Callable[..., Any]]:
+    if name in OWN:
+        module = import_module(OWN[name])
+    else:
+        entries = {entry.name: entry for entry in entry_points(group="overleap.kernels")}
+        if name not in entries:
+            raise BackendError(
+                f"no kernel backend is called {name!r}", f"backends are {', '.join(backends())}"
+            )
+        module = entries[name].load()
+    ops: Mapping[str, Callable[..., Any]] = module.ops()
+    unknown = sorted(set(ops) - set(OP_NAMES))
+    if unknown:
+        raise BackendError(f"backend {name!r} offers {', '.join(unknown)}, which are no ops")
+    return ops

@@ -126,11 +126,12 @@ class Ops(Protocol):
     op named *_write says.
     """
 
-    def matmul(self, x: Tensor, weight: Weight, round_input: bool) -> Tensor:
+    def matmul(self, x: Tensor, weight: Weight, round_input: bool, wide: bool = False) -> Tensor:
         """x [T, K] times weight transposed -> [T, N].
 
         round_input rounds x to e4m3 in groups of 128 first (power-of-two scales), as the
         released FP8/FP4 linears do (section 3.6 of the facts).
+        wide: the result is f32 whatever x is, not rounded to the dtype of x.
         Bytes moved: weight once, x and result once. Operations: 2 T N K.
         """
         ...
@@ -287,6 +288,18 @@ class Ops(Protocol):
         """
         ...
 
+    def hc_head(
+        self, x_TMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float
+    ) -> Tensor:
+        """The last collapse, before the final norm: a gated sum of the streams -> [T, D].
+
+        fn f32 [M, M D], base f32 [M], scale f32 [1]; gates sigmoid(product * scale + base) + eps
+        """
+        ...
+
     def hc_post(self, y_TD: Tensor, x_TMD: Tensor, post_TM: Tensor, comb_TMM: Tensor) -> Tensor:
         """Stream k becomes post[k] y + sum over j of comb[j, k] x[j] (eq. 1) -> [T, M, D]."""
         ...
+
+
+OP_NAMES = tuple(name for name in vars(Ops) if not name.startswith("_"))

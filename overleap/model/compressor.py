@@ -35,8 +35,7 @@ class Compressor(nn.Module):
         self, x_TD: Tensor, tail: Tensor, pool: Pool, frequency: Tensor, spans: Spans
     ) -> None:
         """x_TD [T, D]; frequency f32 [R / 2]. Changes `tail` and `pool` only."""
-        wide = x_TD.float()
-        rows = torch.stack((self.wkv(wide), self.wgate(wide)), dim=1).float()
+        rows = torch.stack((self.wkv.wide(x_TD), self.wgate.wide(x_TD)), dim=1)
         entry = self.ops.compress(rows, tail, self.ape, self.ratio, spans)
         self.ops.window_write(tail, rows, spans)
         if entry.shape[0]:

@@ -41,4 +41,4 @@ class MTPBlock(Block):
         from_past = self.h_proj(self.hnorm(x_TMD).reshape(-1, width))
         x_TMD = from_token + from_past.view(tokens, streams, width)
         x_TMD = self(x_TMD, next_T, layer, spans)
-        return self.norm(collapse_head(self, x_TMD, self.config)), x_TMD
+        return self.norm(collapse_head(self, x_TMD, self.config, self.ops)), x_TMD

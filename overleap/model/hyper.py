@@ -4,12 +4,10 @@ Report section 2.2. The official tensors lie flat on their block (hc_attn_fn, ..
 functions over a block's parameters, not a module of their own.
 """
 
-import torch
 from torch import Tensor, nn
 
 from overleap.config import ModelConfig
 from overleap.kernels.spec import Ops
-from overleap.kernels.torch.hyper import stream_projection
 from overleap.model.layers import parameter
 
 
@@ -40,12 +38,10 @@ def collapse(
     )
 
 
-def collapse_head(block: nn.Module, x_TMD: Tensor, config: ModelConfig) -> Tensor:
+def collapse_head(block: nn.Module, x_TMD: Tensor, config: ModelConfig, ops: Ops) -> Tensor:
     """The last collapse before the final norm: gated sum of the streams -> [T, D]."""
     fn, base, scale = (block.get_parameter(f"hc_head_{part}") for part in _PARTS)
-    gate = torch.sigmoid(stream_projection(x_TMD, fn, config.rms_norm_eps) * scale + base)
-    mixed = (gate + config.hc_eps)[:, None] @ x_TMD.float()
-    return mixed.squeeze(1).to(x_TMD.dtype)
+    return ops.hc_head(x_TMD, fn, base, scale, config.hc_eps, config.rms_norm_eps)
 
 
 _PARTS = ("fn", "base", "scale")

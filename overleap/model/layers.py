@@ -45,6 +45,10 @@ class Linear(nn.Module):
         """[T, inputs] -> [T, outputs]."""
         return self.ops.matmul(x, self.stored, self.rounds_input)
 
+    def wide(self, x: Tensor) -> Tensor:
+        """As forward, but the sums stay f32."""
+        return self.ops.matmul(x, self.stored, self.rounds_input, True)
+
 
 class RMSNorm(nn.Module):
     """Learned RMSNorm over the last dim."""

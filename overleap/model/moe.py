@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from overleap.config import ModelConfig
 from overleap.kernels.spec import Ops
-from overleap.kernels.torch.moe import gated
 from overleap.model.layers import Linear, parameter
 
 
@@ -68,7 +67,16 @@ class MoE(nn.Module):
             self.limit,
             every[0].w1.rounds_input,
         )
-        shared = self.shared_experts
-        hidden = gated(shared.w1(x_TD), shared.w3(x_TD), self.limit).to(x_TD.dtype)
-        down: Tensor = shared.w2(hidden)
-        return routed + down
+        # The shared expert is the only one of a mixture that every token chooses with weight 1.
+        only, tokens = self.shared_experts, x_TD.shape[0]
+        shared = self.ops.experts(
+            x_TD,
+            torch.zeros((tokens, 1), dtype=torch.int64, device=x_TD.device),
+            torch.ones((tokens, 1), device=x_TD.device),
+            [only.w1.stored],
+            [only.w2.stored],
+            [only.w3.stored],
+            self.limit,
+            only.w1.rounds_input,
+        )
+        return routed + shared

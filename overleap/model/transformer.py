@@ -113,7 +113,7 @@ class Transformer(nn.Module):
         for block, layer in zip(self.layers, cache.layers, strict=False):
             x_TMD = block(x_TMD, batch.ids_T, layer, batch.spans, tap)
         wanted = x_TMD if batch.rows is None else x_TMD[batch.rows]
-        hidden = self.norm(collapse_head(self, wanted, self.config))
+        hidden = self.norm(collapse_head(self, wanted, self.config, self.ops))
         for sequence, count in zip(batch.sequences, batch.spans.count, strict=True):
             sequence.length += count
         return Output(self.head(hidden).float(), hidden, x_TMD)

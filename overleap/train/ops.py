@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from overleap.kernels.spec import Pool, RowFormat, Spans, Weight
-from overleap.kernels.torch import linear, quant
+from overleap.kernels.torch import hyper, linear, quant
 
 WINDOW = 128
 ROPE_FREE_GROUP = 64
@@ -57,9 +57,10 @@ class TrainingOps:
         seen, self.seen = self.seen, Seen()
         return seen
 
-    def matmul(self, x: Tensor, weight: Weight, round_input: bool) -> Tensor:
+    def matmul(self, x: Tensor, weight: Weight, round_input: bool, wide: bool = False) -> Tensor:
         """See spec.Ops.matmul; bf16."""
-        return F.linear(x.bfloat16(), weight.data.bfloat16())
+        product = F.linear(x.bfloat16(), weight.data.bfloat16())
+        return product.float() if wide else product
 
     def grouped_matmul(self, x_TGI: Tensor, weight: Weight) -> Tensor:
         """See spec.Ops.grouped_matmul; bf16."""
@@ -244,6 +245,12 @@ class TrainingOps:
         mix = F.linear(x_TMD.flatten(1), fn)
         y, post, comb = self._pre(x_TMD, mix, base, scale, eps, norm_eps)
         return y, post, balanced(comb.t().reshape(streams, streams, -1), iterations, eps)
+
+    def hc_head(
+        self, x_TMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float
+    ) -> Tensor:
+        """See spec.Ops.hc_head."""
+        return hyper.hc_head(x_TMD, fn, base, scale, eps, norm_eps)
 
     def hc_post(self, y_TD: Tensor, x_TMD: Tensor, post_TM: Tensor, comb_TMM: Tensor) -> Tensor:
         """See spec.Ops.hc_post; comb comes as [M, M, T] from hc_pre above."""

@@ -255,6 +255,13 @@ MUTANTS: dict[str, tuple[str, Callable[..., Any], str]] = {
     "experts not rounded": ("experts", experts_with(7, lambda rounds: False), ""),
     "sinkhorn ends on rows": ("hc_pre", rows_last, ""),
     "too few rounds": ("hc_pre", fewer_rounds, ""),
+    "one gate for all streams": (
+        "hc_head",
+        lambda x, fn, base, scale, eps, norm_eps: GOOD.hc_head(
+            x, fn[:1].expand_as(fn), base, scale, eps, norm_eps
+        ),
+        "",
+    ),
     "the mix transposed": (
         "hc_post",
         lambda y, x, post, comb: GOOD.hc_post(y, x, post, comb.transpose(1, 2)),

@@ -27,7 +27,7 @@ def test_head(streams: int, seed: int) -> None:
     """sigmoid(norm(x) W scale + base) + eps, one weight a stream, summed."""
     config = tiny_config(seed, hc_mult=streams)
     block, x = filled(seed, streams)
-    got = collapse_head(block, x, config)
+    got = collapse_head(block, x, config, select())
     assert got.shape == (63, config.hidden_size)
     fn, base, scale = (
         block.get_parameter(f"hc_head_{p}").double() for p in ("fn", "base", "scale")

@@ -75,9 +75,13 @@ def matmul(draw: Draw, timed: bool) -> Iterator[Case]:
                 x[:, 0] *= 2.0**12
                 _silence(weight)
             name = f"{form} {tokens}x{inputs}x{outputs}{' rounded' * rounds}"
-            check = close(exact.matmul(x, weight, rounds), dtype)
+            want = exact.matmul(x, weight, rounds)
             moved = nbytes(x, weight) + 4 * outputs if large else 0
-            yield Case("matmul", name, (x, weight, rounds), check, dtype, moved=moved)
+            args = (x, weight, rounds)
+            yield Case("matmul", name, args, close(want, dtype), dtype, moved=moved)
+            if dtype is torch.bfloat16:
+                check = close(want, torch.float32)
+                yield Case("matmul", f"{name}, f32 out", (*args, True), check)
 
 
 def _silence(weight: Weight) -> None:
@@ -287,6 +291,19 @@ def hc_pre(draw: Draw, timed: bool) -> Iterator[Case]:
                 name = f"{tokens}x{streams}x{width}, gates x {strength:g}"
                 moved = nbytes(x, fn) if tokens == 64 else 0
                 yield Case("hc_pre", name, args, check, dtype, moved=moved)
+
+
+def hc_head(draw: Draw, timed: bool) -> Iterator[Case]:
+    """Two and four streams, one token, none."""
+    for tokens, streams, width in [(63, 4, 129), (1, 2, 1), (0, 4, 64)] + [(64, 4, 4096)] * timed:
+        for dtype in FLOATS:
+            x = draw.normal(tokens, streams, width, dtype=dtype, extreme=tokens != 64)
+            fn = draw.normal(streams, streams * width) * (streams * width) ** -0.5
+            args = (x, fn, draw.normal(streams), draw.normal(1).abs(), EPS, EPS)
+            moved = nbytes(x, fn) if tokens == 64 else 0
+            check = close(exact.hc_head(*args), dtype)
+            name = f"{tokens}x{streams}x{width}"
+            yield Case("hc_head", name, args, check, dtype, moved=moved)
 
 
 def hc_post(draw: Draw, timed: bool) -> Iterator[Case]:

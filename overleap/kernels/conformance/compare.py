@@ -46,6 +46,7 @@ RULES: dict[str, Rule] = {
     "route": Rule(FLOAT32, FLOAT32, "equal ranks: the smaller expert"),
     "experts": Rule(FLOAT32, BFLOAT16, "hidden values are weighted, then rounded as inputs are"),
     "hc_pre": Rule(FLOAT32, BFLOAT16, "Sinkhorn ends on columns"),
+    "hc_head": Rule(FLOAT32, BFLOAT16, "one gate a stream, from all streams"),
     "hc_post": Rule(FLOAT32, BFLOAT16, "stream k takes comb[j, k] of stream j"),
 }
 

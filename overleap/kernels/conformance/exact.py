@@ -392,6 +392,21 @@ def hc_pre(
     return Exact(y, y_size), Exact(post, post * doubt), Exact(comb, comb * doubt[..., None])
 
 
+def hc_head(
+    x_TMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float
+) -> Exact:
+    """Sum over streams of (sigmoid(norm(x) fn * scale + base) + eps) x."""
+    x = x_TMD.double().cpu()
+    flat = rms_norm(x.flatten(1), None, norm_eps)
+    product, alpha = matmul(flat.want, Weight(fn), False), scale.double().cpu()
+    logits = product.want * alpha + base.double().cpu()
+    doubt = 1 + (product.size * alpha.abs() + base.double().cpu().abs()).amax(-1)[:, None]
+    gate = torch.sigmoid(logits) + eps
+    return Exact(
+        torch.einsum("tm,tmd->td", gate, x), torch.einsum("tm,tmd->td", gate, x.abs()) * doubt
+    )
+
+
 def hc_post(y_TD: Tensor, x_TMD: Tensor, post_TM: Tensor, comb_TMM: Tensor) -> Exact:
     """x_new[t, k] = post[t, k] y[t] + sum over j of comb[t, j, k] x[t, j]."""
     y, x, post, comb = (a.double().cpu() for a in (y_TD, x_TMD, post_TM, comb_TMM))

@@ -36,6 +36,7 @@ CASES: dict[str, Cases] = {
     "route": cases.route,
     "experts": cases.experts,
     "hc_pre": cases.hc_pre,
+    "hc_head": cases.hc_head,
     "hc_post": cases.hc_post,
 }
 REPEATS, ENOUGH_S = 15, 0.3  # of a timed case: the median of up to 15 runs within 0.3 s

@@ -43,6 +43,14 @@ def stream_projection(x_TMD: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
     return F.linear(flat, fn).float() * factor
 
 
+def hc_head(
+    x_TMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float
+) -> Tensor:
+    """See spec.Ops.hc_head."""
+    gate = torch.sigmoid(stream_projection(x_TMD, fn, norm_eps) * scale + base)
+    return ((gate + eps)[:, None] @ x_TMD.float()).squeeze(1).to(x_TMD.dtype)
+
+
 def hc_post(y_TD: Tensor, x_TMD: Tensor, post_TM: Tensor, comb_TMM: Tensor) -> Tensor:
     """See spec.Ops.hc_post."""
     mix = torch.cat((post_TM[..., None], comb_TMM.transpose(1, 2)), dim=2)

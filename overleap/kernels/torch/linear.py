@@ -13,10 +13,12 @@ from overleap.kernels.torch import quant
 ACTIVATION_GROUP = 128  # inputs of a packed linear share one scale per 128 values
 
 
-def matmul(x: Tensor, weight: Weight, round_input: bool) -> Tensor:
+def matmul(x: Tensor, weight: Weight, round_input: bool, wide: bool = False) -> Tensor:
     """See spec.Ops.matmul."""
     if round_input:
         x = quant.round_fp8(x, ACTIVATION_GROUP)
+    if wide:
+        x = x.float()
     return F.linear(x, _values(weight, x.dtype))
 
 
