@@ -4,7 +4,6 @@ Most tests run the fake model, whose every token depends on all before it, and w
 checks that its window holds what it should. Then the true architecture, and its MTP block.
 """
 
-import math
 import random
 from collections import Counter
 from typing import Any
@@ -26,6 +25,7 @@ from overleap.errors import BackendError, ConfigError
 from overleap.model.transformer import Batch, Transformer
 from tests.checkpoints import random_tensors, tiny_config
 from tests.engine.fake import VOCABULARY, FakeModel, answer, next_logits, poison
+from tests.engine.test_sampler import RARE, deviations
 from tests.engine.test_true_model import assert_same as assert_close
 from tests.oracles.running import build, distance, draw_ids, start
 from tests.oracles.running import poison as fill_with_nan
@@ -199,11 +199,16 @@ def test_an_error_comes_after_the_tokens_before_it(seed: int) -> None:
 
 def test_a_broken_draft_block_costs_nothing_but_time(seed: int) -> None:
     prompt = text(seed, 100)
+    wanted = answer(prompt, 40)
     engine, model = make()
     model.draft_broken = True
-    assert engine.generate(ask(prompt, max_tokens=40)).ids == answer(prompt, 40)
-    spoken = engine.stats().speculation
-    assert spoken.checked[0] > 30 and spoken.accepted[0] < 10
+    assert engine.generate(ask(prompt, max_tokens=40)).ids == wanted
+    (checked,), (accepted,) = (
+        engine.stats().speculation.checked,
+        engine.stats().speculation.accepted,
+    )
+    assert accepted <= wanted.count(0), "it proposes 0, which is right where 0 comes"
+    assert 39 - accepted - 4 <= checked <= 39 - accepted
 
 
 def test_a_failing_draft_block_ends_the_requests_in_it(seed: int) -> None:
@@ -254,19 +259,22 @@ def test_sampling_is_unbiased(seed: int) -> None:
     ones, or drew again after them, would shift the counts.
     """
     sampling = Sampling(temperature=1.3, top_k=4, stop_ids=(), max_tokens=4)
-    prompt = text(seed, 6)
+    count, number = 2000, random.Random(seed)
 
     def chances(ids: list[int]) -> list[tuple[int, float]]:
         mass, found = candidates(next_logits(ids), sampling)
         return list(zip(found.tolist(), (mass / mass.sum()).tolist(), strict=True))
 
-    expected = {
-        (a, b, c): p * q * r
-        for a, p in chances(prompt)
-        for b, q in chances([*prompt, a])
-        for c, r in chances([*prompt, a, b])
-    }
-    count = 2000
+    while True:  # a prompt with an answer that is not as good as certain
+        prompt = [number.randrange(VOCABULARY) for _ in range(6)]
+        expected = {
+            (a, b, c): p * q * r
+            for a, p in chances(prompt)
+            for b, q in chances([*prompt, a])
+            for c, r in chances([*prompt, a, b])
+        }
+        if max(expected.values()) < 0.7:
+            break
     engine, model = make(slots=50, pages=50, snapshot_bytes=0)
     model.right = 0.2
     requests = [
@@ -274,22 +282,9 @@ def test_sampling_is_unbiased(seed: int) -> None:
     ]
     seen = Counter(tuple(done.ids[:3]) for done in serve(engine, requests))
     assert set(seen) <= set(expected)
-    # Rare answers are counted together: the statistic needs a few of each.
-    often = [ids for ids, p in expected.items() if p * count >= 5]
-    groups = [(seen[ids], expected[ids] * count) for ids in often]
-    rest = 1 - sum(expected[ids] for ids in often)
-    if rest * count >= 1:
-        groups.append((count - sum(n for n, _ in groups), rest * count))
-    square = sum((n - mean) ** 2 / mean for n, mean in groups)
-    degrees = len(groups) - 1
-    # Wilson and Hilferty: this root of a chi-square is nearly normal. 5 deviations: 3 in 10^7.
-    deviations = ((square / degrees) ** (1 / 3) - 1 + 2 / (9 * degrees)) / math.sqrt(
-        2 / (9 * degrees)
-    )
-    print(
-        f"chi-square {square:.1f} with {degrees} degrees of freedom, {deviations:+.1f} deviations"
-    )
-    assert deviations < 5
+    off = deviations([seen[ids] for ids in expected], list(expected.values()))
+    print(f"{off:+.1f} deviations")
+    assert off < RARE
     spoken = engine.stats().speculation
     assert 0.1 < spoken.accepted[0] / spoken.checked[0] < 0.9
 
@@ -487,7 +482,7 @@ def test_true_models_give_the_same_answers(
         if request.sampling.greedy or cache_format is CacheFormat.WIDE:
             assert_close(one, other, cache_format)
     spoken = engine.stats().speculation
-    assert 0.4 < spoken.accepted[0] / spoken.checked[0] < 0.9
+    assert 0 < spoken.accepted[0] < spoken.checked[0]
     assert_empty(engine)
 
 

@@ -99,5 +99,5 @@ def test_the_library_text_is_real_and_shuffled_by_seed(seed: int) -> None:
     assert "ast.py" in sources and not any(name.startswith("test/") for name in sources)
     assert len(stdlib_text()) > 4_000_000
     assert stdlib_text(seed) == stdlib_text(seed)
-    assert stdlib_text(seed)[:4000] != stdlib_text(seed + 1)[:4000]
+    assert stdlib_text(seed) != stdlib_text(seed + 1)
     assert stdlib_text(modules=["ast.py"]).rstrip() == sources["ast.py"].rstrip()

@@ -9,16 +9,15 @@ from overleap.train.muon import UPDATE_RMS, Optimizer, is_matrix
 
 @pytest.mark.parametrize("shape", [(64, 64), (96, 32), (24, 128), (3, 40, 64)])
 def test_singular_values_become_one(seed: int, shape: tuple[int, ...]) -> None:
+    """Of matrices whose least singular value is a fiftieth of the largest, or more."""
     torch.manual_seed(seed)
-    matrix = torch.randn(shape)
-    result = orthogonalise(matrix)
-    assert result.shape == matrix.shape
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    given = 0.02 + 0.98 * torch.rand(*shape[:-2], 1, min(shape[-2:]))
+    result = orthogonalise((u * given) @ v)
+    assert result.shape == shape
     values = torch.linalg.svdvals(result)
-    assert values.max() < 1.1
-    # A random square matrix has a few directions near zero that ten steps do not lift.
-    assert (values > 0.8).float().mean() > 0.9
-    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    assert torch.nn.functional.cosine_similarity((u @ v).flatten(), result.flatten(), dim=0) > 0.97
+    assert 0.95 < values.min() and values.max() < 1.05
+    assert torch.nn.functional.cosine_similarity((u @ v).flatten(), result.flatten(), dim=0) > 0.99
 
 
 def test_zero_stays_zero_and_scale_does_not_matter(seed: int) -> None:
