@@ -25,7 +25,8 @@ void pause() {
 
 class Pool {
   public:
-    void run(int threads, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+    void run(int threads, int64_t tasks, void (*body)(const void*, int64_t),
+               const void* context) {
         std::lock_guard<std::mutex> one_loop(mutex_);
         while (static_cast<int>(workers_.size()) < threads - 1) {
             int number = static_cast<int>(workers_.size());
@@ -71,13 +72,14 @@ class Pool {
     std::atomic<int64_t> next_{0};
     int64_t tasks_ = 0;
     int helpers_ = 0;
-    void (*body_)(void*, int64_t) = nullptr;
-    void* context_ = nullptr;
+    void (*body_)(const void*, int64_t) = nullptr;
+    const void* context_ = nullptr;
 };
 
 }  // namespace
 
-void run_tasks(int threads, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+void run_tasks(int threads, int64_t tasks, void (*body)(const void*, int64_t),
+               const void* context) {
     // Never destroyed: workers live as long as the process. A forked child has none of its
     // parent's threads, so it makes a pool of its own.
     static std::atomic<pid_t> owner{0};

@@ -1,0 +1,223 @@
+// Rows of a stored weight as numbers ready for dot products, and activations rounded to match.
+// Element: bf16 where the machine multiplies pairs of them, else float. Both hold e4m3 and e2m1
+// times a power of two exactly, so which one is used only decides how a sum is rounded.
+#pragma once
+
+#include "formats.h"
+#include "linear.h"
+
+namespace overleap::OVERLEAP_ISA {
+
+#if defined(__AVX512BF16__)
+constexpr bool kPairs = true;  // a dot product instruction over bf16 pairs
+#else
+constexpr bool kPairs = false;
+#endif
+
+// Elements that one dot-product instruction takes of each side; rows are padded to it.
+template <class E>
+constexpr int kStep = sizeof(E) == 2 ? 2 * W : W;
+
+template <class E>
+static inline int64_t padded(int64_t columns) {
+    return (columns + kStep<E> - 1) / kStep<E> * kStep<E>;
+}
+
+static inline float from(const float& x) { return x; }
+static inline float from(const bf16& x) { return wide(x); }
+static inline void put(float& to, float x) { to = x; }
+static inline void put(bf16& to, float x) { to = narrow(x); }
+
+// -- activations
+
+// Values of one group of at most 128, rounded to e4m3 with a common power-of-two scale, as the
+// released linears round their inputs: 2^ceil(log2(amax / 448)), amax at least 1e-4, ties to even.
+static inline void round_group(float* x, int count) {
+    vu most{};
+    for (int i = 0; i < count; i += W) {
+        vu bits = reinterpret_cast<vu>(load(x + i)) & 0x7fffffffu;
+        most = bits > most ? bits : most;
+    }
+    uint32_t top = 0;
+    for (int i = 0; i < W; i++) top = most[i] > top ? most[i] : top;
+    bool bad = (top >> 23) == 255;
+    int exponent = static_cast<int>(top >> 23) - 127 - 8 + ((top & 0x7fffffu) > 0x600000u);
+    exponent = exponent < -22 ? -22 : exponent;
+    uint32_t up = static_cast<uint32_t>(127 + exponent) << 23;
+    uint32_t down = static_cast<uint32_t>(127 - exponent) << 23;
+    float scale, inverse;
+    std::memcpy(&scale, &up, 4);
+    std::memcpy(&inverse, &down, 4);
+    for (int i = 0; i < count; i += W) {
+        vf v = load(x + i);
+        vu sign = reinterpret_cast<vu>(v) & 0x80000000u;
+        vf size = abs(v) * inverse;
+        // At this power of two float itself is spaced as e4m3 is at the value: adding it rounds.
+        vi binade = reinterpret_cast<vi>(size) & ~0x7fffff;
+        const int32_t lowest = (127 - 6) << 23;
+        binade = binade > lowest ? binade : lowest - vi{};
+        vf magic = reinterpret_cast<vf>(binade + (20 << 23));
+        vf rounded = ((size + magic) - magic) * scale;
+        v = reinterpret_cast<vf>(reinterpret_cast<vu>(rounded) | sign);
+        store(x + i, bad ? all(NAN) : v);
+    }
+}
+
+// One row of activations as elements, rounded if asked, zeros behind its end.
+// The buffer has room for columns + W floats.
+template <class E, class X>
+static inline void prepare_row(const X* x, int64_t columns, bool round, float* buffer, E* out) {
+    int64_t all_columns = padded<E>(columns), whole = columns / W * W;
+    for (int64_t i = 0; i < whole; i += W) store(buffer + i, load(x + i));
+    for (int64_t i = whole; i < columns; i++) buffer[i] = from(x[i]);
+    if (round) {
+        for (int64_t i = 0; i < columns; i += kInputGroup) {
+            int count = static_cast<int>(columns - i < kInputGroup ? columns - i : kInputGroup);
+            float group[kInputGroup + W] = {};
+            std::memcpy(group, buffer + i, 4 * static_cast<size_t>(count));
+            round_group(group, count);
+            std::memcpy(buffer + i, group, 4 * static_cast<size_t>(count));
+        }
+    }
+    for (int64_t i = 0; i < whole; i += W) store(out + i, load(buffer + i));
+    for (int64_t i = whole; i < columns; i++) put(out[i], buffer[i]);
+    for (int64_t i = columns; i < all_columns; i++) out[i] = E{};
+}
+
+// -- weights
+
+static inline float scaled(float value, uint8_t code) { return value * e8m0(code); }
+
+// The plain way, for any scale and any end of a row.
+template <class E>
+static inline void decode_fp8(const uint8_t* code, int64_t n, uint8_t scale, E* out) {
+    for (int64_t i = 0; i < n; i++) put(out[i], scaled(kTables.e4m3[code[i]], scale));
+}
+
+template <class E>
+static inline void decode_fp4(const uint8_t* code, int64_t n, uint8_t scale, E* out) {
+    for (int64_t i = 0; i < n; i++)
+        put(out[i], scaled(kTables.e2m1[code[i / 2] >> (i % 2 * 4) & 15], scale));
+}
+
+#if defined(__AVX512BF16__)
+
+// 32 codes at a time; the scale is added to the exponents, so it must keep them in range.
+static inline int64_t decode_fp8_fast(const uint8_t* code, int64_t n, uint8_t scale, bf16* out) {
+    int shift = scale - 127;
+    if (shift < -117 || shift > 119) return 0;
+    alignas(64) bf16 subnormal[32] = {};
+    for (int i = 1; i < 8; i++) subnormal[i] = narrow(kTables.e4m3[i]);
+    const __m512i small = _mm512_load_si512(subnormal);
+    const __m512i add = _mm512_set1_epi16(static_cast<short>(shift * 128));
+    const __m512i bias = _mm512_set1_epi16(120 << 7);
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(code + i));
+        __m512i word = _mm512_cvtepu8_epi16(bytes);
+        __m512i size = _mm512_and_si512(word, _mm512_set1_epi16(0x7f));
+        __m512i sign = _mm512_slli_epi16(_mm512_and_si512(word, _mm512_set1_epi16(0x80)), 8);
+        __m512i value = _mm512_add_epi16(_mm512_slli_epi16(size, 4), bias);
+        __mmask32 low = _mm512_cmplt_epu16_mask(size, _mm512_set1_epi16(8));
+        value = _mm512_mask_permutexvar_epi16(value, low, size, small);
+        __mmask32 some = _mm512_test_epi16_mask(size, size);
+        value = _mm512_mask_add_epi16(value, some, value, add);
+        __mmask32 nan = _mm512_cmpeq_epi16_mask(size, _mm512_set1_epi16(0x7f));
+        value = _mm512_mask_mov_epi16(value, nan, _mm512_set1_epi16(0x7fc0));
+        _mm512_storeu_si512(out + i, _mm512_or_si512(value, sign));
+    }
+    return i;
+}
+
+static inline int64_t decode_fp4_fast(const uint8_t* code, int64_t n, uint8_t scale, bf16* out) {
+    int shift = scale - 127;
+    if (shift < -125 || shift > 125) return 0;
+    alignas(64) bf16 values[32];
+    for (int i = 0; i < 32; i++) {
+        values[i] = narrow(kTables.e2m1[i & 15]);
+        if (i & 7) values[i] = static_cast<bf16>(values[i] + shift * 128);
+    }
+    const __m512i table = _mm512_load_si512(values);
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(code + i / 2));
+        __m512i pair = _mm512_cvtepu8_epi32(bytes);
+        // A byte's halves into the two words of its lane; the table ignores all but low bits.
+        pair = _mm512_or_si512(pair, _mm512_slli_epi32(pair, 12));
+        pair = _mm512_and_si512(pair, _mm512_set1_epi32(0x000f000f));
+        _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(pair, table));
+    }
+    return i;
+}
+
+#endif
+
+typedef uint8_t vb __attribute__((vector_size(W)));
+
+static inline vu widen(const uint8_t* p) {
+    vb bytes;
+    std::memcpy(&bytes, p, sizeof bytes);
+    return __builtin_convertvector(bytes, vu);
+}
+
+static inline int64_t decode_fp8_fast(const uint8_t* code, int64_t n, uint8_t scale, float* out) {
+    const float factor = e8m0(scale) * 0x1p100f;  // of 2^120; the rest below, so that it is finite
+    if (scale > 127 + 27 || scale < 127 - 100) return 0;
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+        vu c = widen(code + i);
+        vu size = c & 0x7fu, sign = (c & 0x80u) << 24;
+        vf value = reinterpret_cast<vf>(size << 20) * 0x1p20f * factor;
+        value = size == 0x7fu ? all(NAN) : value;
+        store(out + i, reinterpret_cast<vf>(reinterpret_cast<vu>(value) | sign));
+    }
+    return i;
+}
+
+static inline int64_t decode_fp4_fast(const uint8_t*, int64_t, uint8_t, float*) { return 0; }
+
+template <class E>
+static inline void decode_row(const Stored& w, int64_t row, E* out) {
+    int64_t k = w.columns;
+    if (w.form == Form::f32) {
+        const float* from_row = static_cast<const float*>(w.data) + row * k;
+        for (int64_t i = 0; i < k; i++) put(out[i], from_row[i]);
+    } else if (w.form == Form::bf16) {
+        const bf16* from_row = static_cast<const bf16*>(w.data) + row * k;
+        for (int64_t i = 0; i < k; i++) put(out[i], wide(from_row[i]));
+    } else if (w.form == Form::fp8) {
+        int64_t blocks = (k + kWeightBlock - 1) / kWeightBlock;
+        const uint8_t* code = static_cast<const uint8_t*>(w.data) + row * k;
+        const uint8_t* scale = w.scale + row / kWeightBlock * blocks;
+        for (int64_t b = 0, i = 0; b < blocks; b++, i += kWeightBlock) {
+            int64_t n = k - i < kWeightBlock ? k - i : kWeightBlock;
+            int64_t done = decode_fp8_fast(code + i, n, scale[b], out + i);
+            decode_fp8(code + i + done, n - done, scale[b], out + i + done);
+        }
+    } else {
+        const uint8_t* code = static_cast<const uint8_t*>(w.data) + row * (k / 2);
+        const uint8_t* scale = w.scale + row * (k / kFp4Group);
+        for (int64_t i = 0; i < k; i += kFp4Group) {
+            uint8_t s = scale[i / kFp4Group];
+            if (!decode_fp4_fast(code + i / 2, kFp4Group, s, out + i))
+                decode_fp4(code + i / 2, kFp4Group, s, out + i);
+        }
+    }
+    for (int64_t i = k; i < padded<E>(k); i++) out[i] = E{};
+}
+
+// Rows first .. first + count - 1, in place where the stored bytes are elements already; else
+// decoded into the buffer. Rows behind count, up to a multiple of 4, are zeros.
+// returns  address of the first row; rows lie padded(columns) apart
+template <class E>
+static inline const E* decode_panel(const Stored& w, int64_t first, int64_t count, E* buffer) {
+    int64_t stride = padded<E>(w.columns);
+    Form own = sizeof(E) == 2 ? Form::bf16 : Form::f32;
+    if (w.form == own && stride == w.columns && count % 4 == 0)
+        return static_cast<const E*>(w.data) + first * stride;
+    for (int64_t i = 0; i < count; i++) decode_row(w, first + i, buffer + i * stride);
+    for (int64_t i = count; i % 4; i++) std::memset(buffer + i * stride, 0, sizeof(E) * stride);
+    return buffer;
+}
+
+}  // namespace overleap::OVERLEAP_ISA
