@@ -10,6 +10,7 @@ P pages, E experts, X experts per token, F expert inner width, N outputs of a li
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol, Self
 
 import torch
@@ -33,6 +34,26 @@ class Weight:
     def packed(self) -> bool:
         """True for FP8 and FP4 bytes."""
         return self.scale is not None
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a layer: w1 gate [F, D], w2 down [D, F], w3 up [F, D], all of one form."""
+
+    w1: tuple[Weight, ...]
+    w2: tuple[Weight, ...]
+    w3: tuple[Weight, ...]
+
+    @cached_property
+    def addresses(self) -> Tensor:
+        """i64 [E, 6]: where w1, its scale, w2, its scale, w3, its scale begin; 0 for no scale."""
+        rows = [
+            [part.data_ptr() for w in trio for part in (w.data, w.scale) if part is not None]
+            if trio[0].packed
+            else [n for w in trio for n in (w.data.data_ptr(), 0)]
+            for trio in zip(self.w1, self.w2, self.w3, strict=True)
+        ]
+        return torch.tensor(rows, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -262,9 +283,7 @@ class Ops(Protocol):
         x_TD: Tensor,
         ids_TX: Tensor,
         weight_TX: Tensor,
-        w1: Sequence[Weight],
-        w2: Sequence[Weight],
-        w3: Sequence[Weight],
+        experts: Experts,
         limit: float,
         round_input: bool,
     ) -> Tensor:

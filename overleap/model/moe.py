@@ -3,11 +3,13 @@
 Report section 2.1. Arithmetic is in kernels/ (`route`, `experts`).
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 
 from overleap.config import ModelConfig
-from overleap.kernels.spec import Ops
+from overleap.kernels.spec import Experts, Ops
 from overleap.model.layers import Linear, parameter
 
 
@@ -20,6 +22,11 @@ class Expert(nn.Module):
         self.w1 = Linear(config.hidden_size, wide, ops)
         self.w2 = Linear(wide, config.hidden_size, ops)
         self.w3 = Linear(config.hidden_size, wide, ops)
+
+
+def _stored(experts: list[Expert]) -> Experts:
+    parts = ([expert.get_submodule(name) for expert in experts] for name in ("w1", "w2", "w3"))
+    return Experts(*(tuple(p.stored for p in part if isinstance(p, Linear)) for part in parts))
 
 
 class Gate(nn.Module):
@@ -47,6 +54,12 @@ class MoE(nn.Module):
         self.ops, self.limit = ops, config.swiglu_limit
         self.k, self.scale = config.num_experts_per_tok, config.routed_scaling_factor
 
+    @cached_property
+    def stored(self) -> tuple[Experts, Experts]:
+        """Routed and shared experts as the kernels take them; the weights must be in place."""
+        every = [expert for expert in self.experts if isinstance(expert, Expert)]
+        return _stored(every), _stored([self.shared_experts])
+
     def route(self, x_TD: Tensor, ids_T: Tensor) -> tuple[Tensor, Tensor]:
         """Experts i64 [T, X] and weights f32 [T, X] of every token."""
         gate = self.gate
@@ -56,27 +69,11 @@ class MoE(nn.Module):
     def forward(self, x_TD: Tensor, ids_T: Tensor) -> Tensor:
         """Routed experts plus the shared expert."""
         chosen_TX, weight_TX = self.route(x_TD, ids_T)
-        every = [expert for expert in self.experts if isinstance(expert, Expert)]
-        routed = self.ops.experts(
-            x_TD,
-            chosen_TX,
-            weight_TX,
-            [expert.w1.stored for expert in every],
-            [expert.w2.stored for expert in every],
-            [expert.w3.stored for expert in every],
-            self.limit,
-            every[0].w1.rounds_input,
-        )
+        routed, shared = self.stored
+        every, only = (experts.w1[0].packed for experts in (routed, shared))
+        out = self.ops.experts(x_TD, chosen_TX, weight_TX, routed, self.limit, every)
         # The shared expert is the only one of a mixture that every token chooses with weight 1.
-        only, tokens = self.shared_experts, x_TD.shape[0]
-        shared = self.ops.experts(
-            x_TD,
-            torch.zeros((tokens, 1), dtype=torch.int64, device=x_TD.device),
-            torch.ones((tokens, 1), device=x_TD.device),
-            [only.w1.stored],
-            [only.w2.stored],
-            [only.w3.stored],
-            self.limit,
-            only.w1.rounds_input,
-        )
-        return routed + shared
+        tokens, device = x_TD.shape[0], x_TD.device
+        first = torch.zeros((tokens, 1), dtype=torch.int64, device=device)
+        whole = torch.ones((tokens, 1), device=device)
+        return out + self.ops.experts(x_TD, first, whole, shared, self.limit, only)

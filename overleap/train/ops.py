@@ -5,7 +5,7 @@ multiple of 128, in a fresh cache, so rings and tails hold nothing yet and pages
 tests/train/test_ops.py holds it against kernels/torch. Read next: losses.py (who reads `seen`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from overleap.kernels.spec import Pool, RowFormat, Spans, Weight
+from overleap.kernels.spec import Experts, Pool, RowFormat, Spans, Weight
 from overleap.kernels.torch import hyper, linear, quant
 
 WINDOW = 128
@@ -210,22 +210,21 @@ class TrainingOps:
         x_TD: Tensor,
         ids_TX: Tensor,
         weight_TX: Tensor,
-        w1: Sequence[Weight],
-        w2: Sequence[Weight],
-        w3: Sequence[Weight],
+        experts: Experts,
         limit: float,
         round_input: bool,
     ) -> Tensor:
         """See spec.Ops.experts; rows sorted by expert, one product an expert."""
         flat = ids_TX.flatten()
         order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=len(w1)).tolist()
+        counts = torch.bincount(flat, minlength=len(experts.w1)).tolist()
         token = order // ids_TX.shape[1]
-        both = [torch.cat((a.data, b.data)).bfloat16() for a, b in zip(w1, w3, strict=True)]
+        pairs = zip(experts.w1, experts.w3, strict=True)
+        both = [torch.cat((gate.data, up.data)).bfloat16() for gate, up in pairs]
         rows = x_TD.bfloat16()[token].split(counts)
         wide = torch.cat([F.linear(x, w) for x, w in zip(rows, both, strict=True)])
         hidden = self._gated(wide, weight_TX.flatten()[order], limit).split(counts)
-        down = [F.linear(x, w.data.bfloat16()) for x, w in zip(hidden, w2, strict=True)]
+        down = [F.linear(x, w.data.bfloat16()) for x, w in zip(hidden, experts.w2, strict=True)]
         out = x_TD.new_zeros(x_TD.shape, dtype=torch.float32)
         return out.index_add(0, token, torch.cat(down).float())
 

@@ -148,13 +148,13 @@ def future_entries(*args: Any) -> Any:
 
 
 def late_weights(
-    x: Tensor, ids: Tensor, share: Tensor, w1: Any, w2: Any, w3: Any, limit: float, rounds: bool
+    x: Tensor, ids: Tensor, share: Tensor, experts: Any, limit: float, rounds: bool
 ) -> Tensor:
     """Routing weights after the down projection: right, but rounded differently."""
     out = torch.zeros_like(x, dtype=torch.float32)
     ones = torch.ones_like(share[:, :1])
     for j in range(ids.shape[1]):
-        part = GOOD.experts(x, ids[:, j : j + 1], ones, w1, w2, w3, limit, rounds)
+        part = GOOD.experts(x, ids[:, j : j + 1], ones, experts, limit, rounds)
         out += part.float() * share[:, j : j + 1]
     return out.to(x.dtype)
 
@@ -251,8 +251,8 @@ MUTANTS: dict[str, tuple[str, Callable[..., Any], str]] = {
     "the larger expert wins": ("route", later_expert, "larger"),
     "bias in the weights": ("route", biased_share, ""),
     "weights after rounding": ("experts", late_weights, ""),
-    "no limit": ("experts", experts_with(6, lambda limit: 1e9), ""),
-    "experts not rounded": ("experts", experts_with(7, lambda rounds: False), ""),
+    "no limit": ("experts", experts_with(4, lambda limit: 1e9), ""),
+    "experts not rounded": ("experts", experts_with(5, lambda rounds: False), ""),
     "sinkhorn ends on rows": ("hc_pre", rows_last, ""),
     "too few rounds": ("hc_pre", fewer_rounds, ""),
     "one gate for all streams": (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from overleap.kernels.spec import Weight
+from overleap.kernels.spec import Experts, Weight
 from overleap.kernels.torch.moe import experts, gated, route
 from overleap.kernels.torch.quant import dequantize, fp4_weight, fp8_weight, round_fp8
 from tests.kernels.paged import SIZES
@@ -96,17 +96,17 @@ def test_experts(tokens: int, form: str, generator: torch.Generator) -> None:
     packed = form != "plain"
     pack = {"plain": Weight, "fp8": fp8_weight, "fp4": fp4_weight}[form]
 
-    def some(rows: int, columns: int) -> list[Weight]:
-        return [
+    def some(rows: int, columns: int) -> tuple[Weight, ...]:
+        return tuple(
             pack(torch.randn(rows, columns, generator=generator) * columns**-0.5)
             for _ in range(count)
-        ]
+        )
 
     w1, w2, w3 = some(inner, width), some(width, inner), some(inner, width)
     x = torch.randn(tokens, width, generator=generator)
     ids = torch.randint(0, count - 1, (tokens, 2), generator=generator)  # the last one is idle
     shares = torch.rand(tokens, 2, generator=generator)
-    got = experts(x, ids, shares, w1, w2, w3, limit, packed)
+    got = experts(x, ids, shares, Experts(w1, w2, w3), limit, packed)
 
     def linear(v: Tensor, weight: Weight) -> Tensor:
         v = round_fp8(v.float(), 128) if packed else v
@@ -126,14 +126,16 @@ def test_experts(tokens: int, form: str, generator: torch.Generator) -> None:
 
 def test_experts_of_a_token_do_not_depend_on_the_others(generator: torch.Generator) -> None:
     width, inner, count = 8, 16, 6
-    weights = [
-        [Weight(torch.randn(a, b, generator=generator)) for _ in range(count)]
-        for a, b in ((inner, width), (width, inner), (inner, width))
-    ]
+    weights = Experts(
+        *(
+            tuple(Weight(torch.randn(a, b, generator=generator)) for _ in range(count))
+            for a, b in ((inner, width), (width, inner), (inner, width))
+        )
+    )
     x = torch.randn(63, width, generator=generator)
     ids = torch.rand(63, count, generator=generator).argsort(1)[:, :3]
     shares = torch.rand(63, 3, generator=generator)
-    together = experts(x, ids, shares, *weights, 10.0, False)
+    together = experts(x, ids, shares, weights, 10.0, False)
     for t in range(63):
-        alone = experts(x[t : t + 1], ids[t : t + 1], shares[t : t + 1], *weights, 10.0, False)
+        alone = experts(x[t : t + 1], ids[t : t + 1], shares[t : t + 1], weights, 10.0, False)
         assert (together[t] - alone[0]).abs().max() <= 1e-4 * alone.abs().max()

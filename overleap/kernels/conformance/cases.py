@@ -22,7 +22,7 @@ from overleap.kernels.conformance.compare import (
     wrong,
 )
 from overleap.kernels.conformance.draw import KEY, KEY_SHORT, KV, KV_SHORT, WIDE, Draw
-from overleap.kernels.spec import RowFormat, Weight
+from overleap.kernels.spec import Experts, RowFormat, Weight
 
 FLOATS = (torch.float32, torch.bfloat16)
 EPS = 1e-6
@@ -260,8 +260,7 @@ def experts(draw: Draw, timed: bool) -> Iterator[Case]:
             for outputs, inputs in ((inner, width), (width, inner), (inner, width)):
                 parts.append([draw.weight(form, outputs, inputs) for _ in range(count)])
             rounds = form in ("fp8", "fp4")
-            w1, w2, w3 = parts
-            args = (x, ids, share, w1, w2, w3, 10.0, rounds)
+            args = (x, ids, share, Experts(*map(tuple, parts)), 10.0, rounds)
             rule = RULES["experts"]
             doubt = rule.bfloat16 if dtype is torch.bfloat16 else rule.float32
             check = close(exact.experts(*args, doubt), dtype)

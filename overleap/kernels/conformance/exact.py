@@ -7,13 +7,13 @@ Letters: T packed tokens, D hidden width, M streams, H heads, K head width, I in
 J indexer width, X experts per token, E experts, W values of a compressor row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from overleap.kernels.spec import Pool, RowFormat, Spans, Weight
+from overleap.kernels.spec import Experts, Pool, RowFormat, Spans, Weight
 
 E4M3 = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
@@ -329,9 +329,7 @@ def experts(
     x_TD: Tensor,
     ids_TX: Tensor,
     weight_TX: Tensor,
-    w1: Sequence[Weight],
-    w2: Sequence[Weight],
-    w3: Sequence[Weight],
+    experts: Experts,
     limit: float,
     round_input: bool,
     doubt: float,
@@ -340,18 +338,21 @@ def experts(
     want = torch.zeros(x_TD.shape, dtype=torch.float64)
     size, slack = torch.zeros_like(want), torch.zeros_like(want)
     ids, weight = ids_TX.cpu(), weight_TX.double().cpu()
-    for e in range(len(w1)):
+    for e in range(len(experts.w1)):
         t, x = (ids == e).nonzero(as_tuple=True)
         if not t.numel():
             continue
         rows = x_TD.cpu()[t]
-        gate, up = matmul(rows, w1[e], round_input), matmul(rows, w3[e], round_input)
+        gate, up = (
+            matmul(rows, experts.w1[e], round_input),
+            matmul(rows, experts.w3[e], round_input),
+        )
         g, u, share = gate.want.clamp(max=limit), up.want.clamp(-limit, limit), weight[t, x, None]
         silu = g * torch.sigmoid(g)
         hidden = silu * u * share
         # |silu'| <= 1.1; errors of both products reach the hidden values.
         reach = share.abs() * (1.1 * gate.size * u.abs() + silu.abs() * up.size) + hidden.abs()
-        w = weight_values(w2[e])
+        w = weight_values(experts.w2[e])
         if round_input:
             sign = torch.where(torch.signbit(hidden), -1.0, 1.0)
             high, scale_high = round_fp8(hidden + sign * doubt * reach, 128)

@@ -3,13 +3,11 @@
 Not here: the shared expert and the hash table lookup (model/moe.py).
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from overleap.kernels.spec import Weight
+from overleap.kernels.spec import Experts
 from overleap.kernels.torch.linear import matmul
 
 
@@ -42,16 +40,14 @@ def experts(
     x_TD: Tensor,
     ids_TX: Tensor,
     weight_TX: Tensor,
-    w1: Sequence[Weight],
-    w2: Sequence[Weight],
-    w3: Sequence[Weight],
+    experts: Experts,
     limit: float,
     round_input: bool,
 ) -> Tensor:
     """See spec.Ops.experts."""
     flat = ids_TX.flatten()
     order = torch.sort(flat, stable=True).indices
-    counts = torch.bincount(flat, minlength=len(w1)).tolist()
+    counts = torch.bincount(flat, minlength=len(experts.w1)).tolist()
     token = order // ids_TX.shape[1]
     share = weight_TX.flatten()[order]
     result = torch.zeros_like(x_TD, dtype=torch.float32)
@@ -62,9 +58,9 @@ def experts(
         here = slice(end, end + count)
         end += count
         x = x_TD[token[here]]
-        gate = matmul(x, w1[expert], round_input)
-        up = matmul(x, w3[expert], round_input)
+        gate = matmul(x, experts.w1[expert], round_input)
+        up = matmul(x, experts.w3[expert], round_input)
         hidden = (gated(gate, up, limit) * share[here, None]).to(x_TD.dtype)
-        down = matmul(hidden, w2[expert], round_input)
+        down = matmul(hidden, experts.w2[expert], round_input)
         result = result.index_add(0, token[here], down.float())
     return result.to(x_TD.dtype)

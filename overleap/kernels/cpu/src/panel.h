@@ -106,8 +106,8 @@ static inline void decode_fp4(const uint8_t* code, int64_t n, uint8_t scale, E* 
 static inline int64_t decode_fp8_fast(const uint8_t* code, int64_t n, uint8_t scale, bf16* out) {
     int shift = scale - 127;
     if (shift < -117 || shift > 119) return 0;
-    alignas(64) bf16 subnormal[32] = {};
-    for (int i = 1; i < 8; i++) subnormal[i] = narrow(kTables.e4m3[i]);
+    alignas(64) static constexpr bf16 subnormal[32] = {  // multiples of 2^-9
+        0x0000, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
     const __m512i small = _mm512_load_si512(subnormal);
     const __m512i add = _mm512_set1_epi16(static_cast<short>(shift * 128));
     const __m512i bias = _mm512_set1_epi16(120 << 7);
@@ -129,25 +129,24 @@ static inline int64_t decode_fp8_fast(const uint8_t* code, int64_t n, uint8_t sc
     return i;
 }
 
-static inline int64_t decode_fp4_fast(const uint8_t* code, int64_t n, uint8_t scale, bf16* out) {
+// One group of 32.
+static inline bool decode_fp4_fast(const uint8_t* code, uint8_t scale, bf16* out) {
     int shift = scale - 127;
-    if (shift < -125 || shift > 125) return 0;
-    alignas(64) bf16 values[32];
-    for (int i = 0; i < 32; i++) {
-        values[i] = narrow(kTables.e2m1[i & 15]);
-        if (i & 7) values[i] = static_cast<bf16>(values[i] + shift * 128);
-    }
-    const __m512i table = _mm512_load_si512(values);
-    int64_t i = 0;
-    for (; i + 32 <= n; i += 32) {
-        __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(code + i / 2));
-        __m512i pair = _mm512_cvtepu8_epi32(bytes);
-        // A byte's halves into the two words of its lane; the table ignores all but low bits.
-        pair = _mm512_or_si512(pair, _mm512_slli_epi32(pair, 12));
-        pair = _mm512_and_si512(pair, _mm512_set1_epi32(0x000f000f));
-        _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(pair, table));
-    }
-    return i;
+    if (shift < -125 || shift > 125) return false;
+    alignas(64) static constexpr bf16 values[32] = {
+        0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,  // 0 .5 1 1.5 2 3 4 6
+        0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0,
+    };
+    __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(code));
+    // A byte's halves into the two words of its lane.
+    __m512i pair = _mm512_cvtepu8_epi32(bytes);
+    pair = _mm512_or_si512(pair, _mm512_slli_epi32(pair, 12));
+    pair = _mm512_and_si512(pair, _mm512_set1_epi32(0x000f000f));
+    __m512i value = _mm512_permutexvar_epi16(pair, _mm512_load_si512(values));
+    __mmask32 some = _mm512_test_epi16_mask(pair, _mm512_set1_epi16(7));
+    __m512i add = _mm512_set1_epi16(static_cast<short>(shift * 128));
+    _mm512_storeu_si512(out, _mm512_mask_add_epi16(value, some, value, add));
+    return true;
 }
 
 #endif
@@ -174,7 +173,20 @@ static inline int64_t decode_fp8_fast(const uint8_t* code, int64_t n, uint8_t sc
     return i;
 }
 
-static inline int64_t decode_fp4_fast(const uint8_t*, int64_t, uint8_t, float*) { return 0; }
+// One group of 32: a code's three bits are the top of a float that is 2^126 too small.
+static inline bool decode_fp4_fast(const uint8_t* code, uint8_t scale, float* out) {
+    if (scale > 127 + 120 || scale < 127 - 120) return false;
+    const float factor = e8m0(scale);
+    uint8_t halves[kFp4Group];
+    for (int i = 0; i < kFp4Group / 2; i++)
+        halves[2 * i] = code[i] & 15, halves[2 * i + 1] = code[i] >> 4;
+    for (int i = 0; i < kFp4Group; i += W) {
+        vu c = widen(halves + i);
+        vf value = reinterpret_cast<vf>((c & 7u) << 22) * 0x1p126f * factor;
+        store(out + i, reinterpret_cast<vf>(reinterpret_cast<vu>(value) | (c & 8u) << 28));
+    }
+    return true;
+}
 
 template <class E>
 static inline void decode_row(const Stored& w, int64_t row, E* out) {
@@ -199,7 +211,7 @@ static inline void decode_row(const Stored& w, int64_t row, E* out) {
         const uint8_t* scale = w.scale + row * (k / kFp4Group);
         for (int64_t i = 0; i < k; i += kFp4Group) {
             uint8_t s = scale[i / kFp4Group];
-            if (!decode_fp4_fast(code + i / 2, kFp4Group, s, out + i))
+            if (!decode_fp4_fast(code + i / 2, s, out + i))
                 decode_fp4(code + i / 2, kFp4Group, s, out + i);
         }
     }
