@@ -1,0 +1,55 @@
+// Attention over window rows and compressed entries, and the choice of entries: index_topk, attend.
+// See ../attention.py for the ops. Read next: kernel_index.cpp, kernel_attention.cpp.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "isa.h"
+
+namespace overleap {
+
+// The new tokens of one sequence: `count` from absolute position `start`, packed from row `first`.
+struct Stretch {
+    int64_t start, count, first;
+};
+
+enum class RowKind : int { kv, key, wide };
+
+// How a cache row is kept; see RowFormat in kernels/spec.py.
+struct RowLayout {
+    RowKind kind;
+    int64_t width, rope;
+    int64_t bytes;  // of a stored row
+};
+
+// Rows of one layer in pages; a sequence counts its rows as entries.
+struct Pages {
+    const uint8_t* rows;  // [pages, per_page, layout.bytes]
+    RowLayout layout;
+    int64_t per_page;
+    const int64_t* table;  // [sequences, table_width]
+    int64_t table_width;
+
+    // Where entry `number` of a sequence is stored.
+    const uint8_t* entry(int64_t sequence, int64_t number) const {
+        int64_t page = table[sequence * table_width + number / per_page];
+        return rows + (page * per_page + number % per_page) * layout.bytes;
+    }
+};
+
+// The k best entries of every token: out i64 [tokens, k], best first, -1 behind.
+struct Choice {
+    const uint8_t* q;     // [tokens, heads, layout.bytes], as the keys are stored
+    const float* weight;  // [tokens, heads]
+    int64_t heads;
+    Pages keys;
+    int64_t ratio, k;
+    std::vector<Stretch> sequences;
+    int64_t* out;
+    int threads;
+};
+
+OVERLEAP_EVERY_ISA(void choose(const Choice&);)
+
+}  // namespace overleap

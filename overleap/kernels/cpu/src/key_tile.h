@@ -1,0 +1,139 @@
+// A tile of indexer keys made ready for many queries: keys lie in the lanes of a vector.
+// Packed keys: e2m1 values times 2 are whole numbers, -12 .. 12, so a group of 32 is an exact integer
+// dot product; scales follow in float. Wide keys: one float after the other. Read next:
+// kernel_index.cpp.
+#pragma once
+
+#include <vector>
+
+#include "attention.h"
+#include "formats.h"
+
+namespace overleap::OVERLEAP_ISA {
+
+constexpr int kTileKeys = 256;
+constexpr int kGroupSteps = kFp4Group / 4;  // a step is 4 values of every key of a vector
+constexpr int kLift = 12;                   // added to keys: VNNI wants one unsigned side
+
+// Twice the e2m1 value of a code, and the same lifted, as bytes.
+alignas(16) constexpr int8_t kTwice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+alignas(16) constexpr int8_t kLifted[16] = {12, 13, 14, 15, 16, 18, 20, 24,
+                                            12, 11, 10, 9,  8,  6,  4,  0};
+
+// Values in an order of our own, the same for queries and keys: of every 4 packed bytes first the
+// low nibbles, then the high ones.
+static inline void split_nibbles(const uint8_t* packed, const int8_t* table, int8_t* out) {
+    for (int i = 0; i < 4; i++) {
+        out[i] = table[packed[i] & 15];
+        out[4 + i] = table[packed[i] >> 4];
+    }
+}
+
+// The 16 packed bytes of one group, zeros behind the end of a short one.
+static inline void group_bytes(const uint8_t* row, int64_t half, int64_t group, uint8_t* out) {
+    int64_t left = half - 16 * group;
+    std::memset(out, 0, 16);
+    std::memcpy(out, row + 16 * group, static_cast<size_t>(left < 16 ? left : 16));
+}
+
+class KeyTile {
+  public:
+    void shape(const RowLayout& layout) {
+        layout_ = layout;
+        groups_ = (layout.width + kFp4Group - 1) / kFp4Group;
+        bool packed = layout.kind == RowKind::key;
+        steps_ = packed ? groups_ * kGroupSteps : layout.width;
+        values_.resize(static_cast<size_t>(steps_ * kTileKeys * 4));
+        scales_.resize(packed ? static_cast<size_t>(groups_ * kTileKeys) : 0);
+    }
+
+    // Entries first .. first + count - 1 of a sequence. Lanes behind them repeat the last one.
+    void fill(const Pages& keys, int64_t sequence, int64_t first, int count) {
+        for (int at = 0; at < count; at += W) {
+            const uint8_t* row[W];
+            for (int i = 0; i < W; i++) {
+                int64_t number = first + (at + i < count ? at + i : count - 1);
+                row[i] = keys.entry(sequence, number);
+            }
+            if (layout_.kind == RowKind::key) packed(row, at / W);
+            else wide(row, at / W);
+        }
+    }
+
+    // Step 0 of a vector of keys; its steps follow one another, 4 W bytes each.
+    const uint8_t* steps_of(int vector) const { return values_.data() + vector * steps_ * 4 * W; }
+    const float* scales_of(int vector) const { return scales_.data() + vector * groups_ * W; }
+    int64_t steps() const { return steps_; }
+    int64_t groups() const { return groups_; }
+
+  private:
+    void packed(const uint8_t* const* row, int vector) {
+        uint8_t* out = values_.data() + vector * steps_ * 4 * W;
+        float* scale = scales_.data() + vector * groups_ * W;
+        for (int64_t g = 0; g < groups_; g++, out += kGroupSteps * 4 * W, scale += W) {
+            packed_group(row, g, out);
+            for (int i = 0; i < W; i++) scale[i] = e8m0(row[i][layout_.width / 2 + g]);
+        }
+    }
+
+#if defined(__AVX512F__)
+    void packed_group(const uint8_t* const* row, int64_t g, uint8_t* out) const {
+        __m512i mixed[4];  // of rows i, 4 + i, 8 + i, 12 + i
+        for (int i = 0; i < 4; i++) {
+            __m512i rows = _mm512_castsi128_si512(group_of(row[i], g));
+            rows = _mm512_inserti32x4(rows, group_of(row[4 + i], g), 1);
+            rows = _mm512_inserti32x4(rows, group_of(row[8 + i], g), 2);
+            mixed[i] = _mm512_inserti32x4(rows, group_of(row[12 + i], g), 3);
+        }
+        __m512i low01 = _mm512_unpacklo_epi32(mixed[0], mixed[1]);
+        __m512i low23 = _mm512_unpacklo_epi32(mixed[2], mixed[3]);
+        __m512i high01 = _mm512_unpackhi_epi32(mixed[0], mixed[1]);
+        __m512i high23 = _mm512_unpackhi_epi32(mixed[2], mixed[3]);
+        const __m512i word[4] = {
+            _mm512_unpacklo_epi64(low01, low23), _mm512_unpackhi_epi64(low01, low23),
+            _mm512_unpacklo_epi64(high01, high23), _mm512_unpackhi_epi64(high01, high23)};
+        __m128i table = _mm_load_si128(reinterpret_cast<const __m128i*>(kLifted));
+        __m512i lifted = _mm512_broadcast_i32x4(table), nibble = _mm512_set1_epi8(15);
+        for (int i = 0; i < 4; i++) {
+            __m512i low = _mm512_and_si512(word[i], nibble);
+            __m512i high = _mm512_and_si512(_mm512_srli_epi16(word[i], 4), nibble);
+            _mm512_storeu_si512(out + 128 * i, _mm512_shuffle_epi8(lifted, low));
+            _mm512_storeu_si512(out + 128 * i + 64, _mm512_shuffle_epi8(lifted, high));
+        }
+    }
+
+    __m128i group_of(const uint8_t* row, int64_t g) const {
+        if (16 * (g + 1) <= layout_.width / 2)
+            return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 16 * g));
+        alignas(16) uint8_t copy[16];
+        group_bytes(row, layout_.width / 2, g, copy);
+        return _mm_load_si128(reinterpret_cast<const __m128i*>(copy));
+    }
+#else
+    void packed_group(const uint8_t* const* row, int64_t g, uint8_t* out) const {
+        for (int i = 0; i < W; i++) {
+            uint8_t bytes[16];
+            group_bytes(row[i], layout_.width / 2, g, bytes);
+            for (int j = 0; j < 4; j++) {
+                int8_t value[8];
+                split_nibbles(bytes + 4 * j, kLifted, value);
+                std::memcpy(out + (2 * j * W + i) * 4, value, 4);
+                std::memcpy(out + ((2 * j + 1) * W + i) * 4, value + 4, 4);
+            }
+        }
+    }
+#endif
+
+    void wide(const uint8_t* const* row, int vector) {
+        uint8_t* out = values_.data() + vector * steps_ * 4 * W;
+        for (int64_t j = 0; j < steps_; j++)
+            for (int i = 0; i < W; i++) std::memcpy(out + (j * W + i) * 4, row[i] + 4 * j, 4);
+    }
+
+    RowLayout layout_{};
+    int64_t groups_ = 0, steps_ = 0;
+    std::vector<uint8_t> values_;
+    std::vector<float> scales_;
+};
+
+}  // namespace overleap::OVERLEAP_ISA
