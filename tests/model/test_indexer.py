@@ -65,7 +65,7 @@ def test_tap_changes_nothing_and_explains_the_choice(topk: int, seed: int) -> No
 def test_selection_passes_no_gradient(seed: int) -> None:
     """The logits do not reach the indexer's parameters: it learns by distillation alone."""
     config = tiny_config(seed, compress_ratios=(4, 0, 4), index_topk=4)
-    model = build(config, random_tensors(config, seed))
+    model = build(config, random_tensors(config, seed), select("torch"))
     for p in model.parameters():
         p.requires_grad_(p.is_floating_point())
     ids = draw_ids(config, 40, torch.Generator().manual_seed(seed))

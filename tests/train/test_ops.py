@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from overleap.kernels import select
 from overleap.kernels.spec import RowFormat
 from overleap.kernels.torch import hyper, linear, quant
 from overleap.train.ops import TrainingOps, balanced
@@ -14,7 +15,7 @@ from tests.train.small import random_ids, relative, small_config, step, trained_
 def test_logits_and_gradients_equal_the_definition(seed: int, topk: int) -> None:
     config = small_config(index_topk=topk)
     ids = random_ids(2, 256, seed)
-    reference = trained_model(config, None, seed)
+    reference = trained_model(config, select("torch"), seed)
     ops = TrainingOps(key_width=32, rope=16, compiled=False)
     ours = trained_model(config, ops, seed)
     results = []

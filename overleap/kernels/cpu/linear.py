@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from overleap.errors import BackendError
 from overleap.kernels.cpu import _native
 from overleap.kernels.spec import Experts, Weight
 
@@ -38,6 +39,7 @@ def grouped_matmul(x_TGI: Tensor, weight: Weight) -> Tensor:
 def _product(
     x: Tensor, weight: Weight, groups: int, outputs: int, inputs: int, rounds: bool, out: Tensor
 ) -> None:
+    _no_gradient(x)
     x, data, scale = x.contiguous(), weight.data, weight.scale
     assert data.is_contiguous() and (scale is None or scale.is_contiguous())
     _native.product(
@@ -57,6 +59,13 @@ def _product(
     )
 
 
+def _no_gradient(x: Tensor) -> None:
+    if x.requires_grad:
+        raise BackendError(
+            "the native kernels carry no gradients", 'train with select("torch") or TrainingOps'
+        )
+
+
 def experts(
     x_TD: Tensor,
     ids_TX: Tensor,
@@ -66,6 +75,7 @@ def experts(
     round_input: bool,
 ) -> Tensor:
     """See spec.Ops.experts."""
+    _no_gradient(x_TD)
     x, ids, weight = x_TD.contiguous(), ids_TX.contiguous(), weight_TX.contiguous()
     first = experts.w1[0].data
     assert ids.dtype is torch.int64 and weight.dtype is torch.float32
