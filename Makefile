@@ -6,7 +6,7 @@ PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.overleap-installed
-TOKENS  ?= 16384
+TOKENS  ?= 131072
 WORKERS ?= 2
 
 # One thread per worker: with several, two workers on two cores wait for each other.

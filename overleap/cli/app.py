@@ -48,7 +48,15 @@ Keep = Annotated[
 CacheDir = Annotated[
     Path | None, typer.Option(help="Where that is kept; else the user's cache folder.")
 ]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify", help="Compute each answer again from scratch; stop if it comes out otherwise."
+    ),
+]
 CacheSpace = Annotated[str, typer.Option(help="Disk space that it may take.")]
+
+CACHE_SPACE = "4GiB"
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ Not here: the store (cache/store.py) or how it is used (cache/disk.py).
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,28 @@ def default_folder() -> Path:
     return platformdirs.user_cache_path("overleap") / "prefix"
 
 
-def open_disk(
-    context: typer.Context, digest: str, keep: bool, folder: Path | None, space: str
-) -> Any:
+@dataclass(frozen=True)
+class Keeping:
+    """Where what is read is to be kept, and how much: a folder that was asked for, or None."""
+
+    folder: Path | None
+    space_bytes: int
+
+    @classmethod
+    def of(cls, keep: bool, folder: Path | None, space: str) -> "Keeping | None":
+        """From options as they were typed. Raises CapacityError for a bad `space`."""
+        from overleap.engine.budget import parse_bytes
+
+        return cls(folder, parse_bytes(space)) if keep else None
+
+
+def open_disk(context: typer.Context, digest: str, keeping: Keeping) -> Any:
     """The disk tier for one command, closed when that ends; None, and a note why, without one.
 
-    Raises CapacityError for a bad `space`, or for a folder that was asked for and cannot be used.
+    Raises CapacityError for a folder that was asked for and cannot be used.
     """
     from overleap.cache.disk import DiskTier
-    from overleap.engine.budget import parse_bytes
 
-    if not keep:
-        return None
-    space_bytes = parse_bytes(space)
     if not digest:
         screen.note(
             "nothing is kept on disk, because no manifest names these weights; "
@@ -50,9 +59,9 @@ def open_disk(
         )
         return None
     try:
-        tier = DiskTier(folder or default_folder(), space_bytes=space_bytes)
+        tier = DiskTier(keeping.folder or default_folder(), space_bytes=keeping.space_bytes)
     except CapacityError as error:
-        if folder is not None:
+        if keeping.folder is not None:
             raise
         screen.note(error.message)
         return None

@@ -4,6 +4,7 @@ The promise of state equivalence, on real weights and real requests. Not here: t
 (tests/test_state.py). Read next: sampler.py (why a token can be drawn again).
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,10 @@ from overleap.engine.sampler import Draw, candidates, sample, uniform
 from overleap.errors import StateError
 from overleap.model.transformer import Batch, Transformer
 
+Progress = Callable[[int, int], None]
+
 TIE = {CacheFormat.WIDE: 1e-3, CacheFormat.RELEASE: 0.05}
+LOGIT_ROWS = 32  # rows of logits at a time: 16 MiB of a vocabulary of 129,280
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,18 @@ class Difference:
     gap: float
 
 
+@dataclass(frozen=True)
+class Sound:
+    """An answer that is the model's own.
+
+    tokens  compared, a stop token counted
+    ties    of those, given otherwise where the choice was as good as even
+    """
+
+    tokens: int
+    ties: int
+
+
 def differences(
     model: Transformer,
     request: Request,
@@ -43,16 +59,16 @@ def differences(
     *,
     format: CacheFormat = CacheFormat.RELEASE,
     chunk_tokens: int = 512,
+    progress: Progress | None = None,
 ) -> list[Difference]:
     """Read prompt and answer once more, into a fresh cache, and choose every token again.
 
-    Costs about what reading the prompt cost. Tokens come from (seed, index), so sampled answers
-    can be compared as well as greedy ones.
+    Costs about what reading the prompt cost, and `layout.cache_bytes` of memory. Tokens come from
+    (seed, index), so sampled answers can be compared as well as greedy ones.
+
+    progress  called with the tokens read so far and in all
     """
-    given = completion.ids
-    if completion.finish.reason is FinishReason.STOP:
-        assert completion.finish.stop_id is not None
-        given.append(completion.finish.stop_id)
+    given = _given(completion)
     ids = [*request.prompt, *given[:-1]]
     cache = Cache(
         model.config, pages=pages_for(len(ids)), slots=1, format=format, device=model.device
@@ -61,18 +77,37 @@ def differences(
     cache.reserve(sequence, len(ids))
     found: list[Difference] = []
     with torch.inference_mode():
-        for start in range(0, len(ids) if given else 0, chunk_tokens):
-            chunk = ids[start : start + chunk_tokens]
-            wanted = max(0, start + len(chunk) - max(start, first))
-            rows = model(Batch.of([(sequence, chunk)], cache, [wanted]), cache).logits
-            for offset, logits_V in enumerate(rows):
-                index = start + len(chunk) - wanted + offset - first
+        for start, end in _pieces(len(ids) if given else 0, first, chunk_tokens):
+            wanted = end - start if start >= first else 0
+            rows = model(Batch.of([(sequence, ids[start:end])], cache, [wanted]), cache).logits
+            for index, logits_V in enumerate(rows, start - first):
                 draw = Draw(request.sampling, completion.finish.seed, index)
                 expected = sample(logits_V, draw).id
                 if expected != given[index]:
                     gap = _gap(logits_V, draw, given[index])
                     found.append(Difference(index, given[index], expected, gap))
+            if progress is not None:
+                progress(end, len(ids))
     return found
+
+
+def _given(completion: Completion) -> list[int]:
+    """The tokens of an answer, with the one that ended it."""
+    given = completion.ids
+    if completion.finish.reason is FinishReason.STOP:
+        assert completion.finish.stop_id is not None
+        given.append(completion.finish.stop_id)
+    return given
+
+
+def _pieces(total: int, first: int, chunk_tokens: int) -> Iterator[tuple[int, int]]:
+    """Steps [start, end): the prompt in chunks, then, from `first` on, what yields logits."""
+    start = 0
+    while start < total:
+        rest = start >= first
+        end = min(start + (LOGIT_ROWS if rest else chunk_tokens), total if rest else first)
+        yield start, end
+        start = end
 
 
 def _gap(logits_V: Tensor, draw: Draw, given: int) -> float:
@@ -96,13 +131,18 @@ def check(
     completion: Completion,
     *,
     format: CacheFormat = CacheFormat.RELEASE,
-) -> None:
+    chunk_tokens: int = 512,
+    progress: Progress | None = None,
+) -> Sound:
     """Raise StateError when an answer differs from what the model gives from scratch.
 
     An answer may differ where the choice was as good as even (a gap of 1e-3 wide; 0.05 release,
     where a last bit can move a value to the next FP8 or FP4 code).
     """
-    for found in differences(model, request, completion, format=format):
+    others = differences(
+        model, request, completion, format=format, chunk_tokens=chunk_tokens, progress=progress
+    )
+    for found in others:
         if found.gap <= TIE[format]:
             continue
         raise StateError(
@@ -110,3 +150,4 @@ def check(
             f"scratch it is {found.expected}, {found.gap:.3f} apart",
             "keep the prompt and report it; `--no-keep` reads every prompt anew meanwhile",
         )
+    return Sound(len(_given(completion)), len(others))

@@ -1,6 +1,8 @@
 """Every command as a person runs it, on the bundled model: output, exit status, bad input."""
 
+import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from overleap.checkpoint import locate
 from overleap.cli import app
+from overleap.cli.demo import demo
 from overleap.errors import OverleapError
 
 
@@ -39,7 +42,7 @@ def test_ask_reads_files_and_answers(tmp_path: Path) -> None:
     shown = run("ask", "-", "What is the color of Alice?", text=FACTS)
     assert shown.exit_code == 0
     assert shown.stdout.strip() == "green"
-    for words in ("tokens read", "B a token", "decode", "peak memory"):
+    for words in ("tokens read", "B a token", "decode", "peak memory", "proposals"):
         assert words in shown.stderr
 
 
@@ -100,11 +103,25 @@ def test_demo_shows_its_table(seed: int) -> None:
     assert len(said["answers"]) == said["facts"] == 3
     assert said["right"] == sum(answer["right"] for answer in said["answers"])
     assert said["tokens"] <= 1024
+    assert said["measured_bytes_per_token"] == said["formula_bytes_per_token"]
+    assert said["previous_generation_bytes_per_token"] > 4 * said["formula_bytes_per_token"]
     shown = run("demo", "--tokens", 600, "--facts", 2)
     assert "of 2 right" in shown.stdout
-    assert "formula:" in shown.stdout
+    assert re.search(
+        r"cache per token: measured [\d.]+ B, formula [\d.]+ B, a V3.2-style cache of this "
+        r"geometry [\d,]+ B \([\d.]+ times\)",
+        shown.stdout,
+    )
+    assert "predicted peak memory" in shown.stdout
     with pytest.raises(OverleapError, match="too few for 20 facts"):
         run("demo", "--tokens", 256, "--facts", 20)
+
+
+def test_make_demo_reads_what_the_command_reads() -> None:
+    makefile = (Path(__file__).resolve().parents[2] / "Makefile").read_text("utf-8")
+    default = inspect.signature(demo).parameters["tokens"].default
+    assert re.findall(r"^TOKENS +\?= (\d+)$", makefile, re.MULTILINE) == [str(default)]
+    assert default == 131072
 
 
 def test_models_show_verify_convert(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from overleap.cache.layout import CacheFormat
 from overleap.engine.engine import Engine
 from overleap.engine.request import Completion, Request, Sampling, Token
-from overleap.engine.verify import check, differences
+from overleap.engine.verify import LOGIT_ROWS, TIE, Sound, check, differences
 from overleap.errors import StateError
 from overleap.model.transformer import Transformer
 from tests.checkpoints import random_tensors, tiny_config
@@ -82,3 +82,43 @@ def test_a_stop_token_is_checked_too(seed: int) -> None:
     assert differences(model, request, answer, format=CacheFormat.WIDE) == []
     lying = Completion((), replace(answer.finish, stop_id=first - 1))
     assert differences(model, request, lying, format=CacheFormat.WIDE)[0].expected == first
+
+
+def test_a_long_answer_is_compared_to_its_end(seed: int) -> None:
+    """In chunks of any size, with more tokens than logits are held for at a time."""
+    model, draw = make_model(seed), random.Random(seed)
+    engine = Engine(model, pages=16, format=CacheFormat.WIDE)
+    prompt = [draw.randrange(2, model.config.vocab_size) for _ in range(draw.randrange(1, 300))]
+    sampling = Sampling(temperature=0, max_tokens=2 * LOGIT_ROWS + 3, stop_ids=())
+    request = Request(prompt=prompt, sampling=sampling)
+    answer = engine.generate(request)
+    for chunk in (1, 64, 512):
+        seen: list[tuple[int, int]] = []
+        sound = check(
+            model,
+            request,
+            answer,
+            format=CacheFormat.WIDE,
+            chunk_tokens=chunk,
+            progress=lambda done, total, seen=seen: seen.append((done, total)),  # type: ignore[misc]
+        )
+        assert sound.tokens == 2 * LOGIT_ROWS + 3
+        total = len(prompt) + sound.tokens - 1
+        assert seen[-1] == (total, total) and seen == sorted(set(seen))
+    last = list(answer.tokens)
+    last[-1] = Token((last[-1].id + 1) % model.config.vocab_size)
+    forged = Completion(tuple(last), answer.finish)
+    found = differences(model, request, forged, format=CacheFormat.WIDE)
+    assert [difference.index for difference in found][-1] == sampling.max_tokens - 1
+
+
+def test_an_even_choice_is_counted(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(seed)
+    engine = Engine(model, pages=16, format=CacheFormat.WIDE)
+    request = Request(prompt=[5, 6], sampling=Sampling(temperature=0, max_tokens=1, stop_ids=()))
+    answer = engine.generate(request)
+    other = Token((answer.ids[0] + 1) % model.config.vocab_size)
+    forged = Completion((other,), answer.finish)
+    assert check(model, request, answer, format=CacheFormat.WIDE) == Sound(1, 0)
+    monkeypatch.setitem(TIE, CacheFormat.WIDE, float("inf"))
+    assert check(model, request, forged, format=CacheFormat.WIDE) == Sound(1, 1)
