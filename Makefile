@@ -6,6 +6,7 @@ PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.overleap-installed
+NATIVE  := CMakeLists.txt $(wildcard overleap/kernels/cpu/src/*)
 TOKENS  ?= 131072
 WORKERS ?= 2
 
@@ -20,7 +21,7 @@ help: ## list the targets
 
 setup: $(STAMP) ## create .venv and install the locked packages (repeats only when they change)
 
-$(STAMP): requirements.lock pyproject.toml
+$(STAMP): requirements.lock pyproject.toml $(NATIVE)
 	@[ -n "$(PYTHON)" ] || { echo "error: no python3 found" >&2; \
 	  echo "hint: install Python 3.11 or newer, or run make PYTHON=/path/to/python" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
