@@ -60,15 +60,14 @@ def test_hc_pre(tokens: int, streams: int, generator: torch.Generator) -> None:
 
 def test_comb_is_doubly_stochastic(generator: torch.Generator) -> None:
     x = torch.randn(1000, 4, 9, generator=generator)
-    _, _, comb = hc_pre(x, *mixing(4, 9, generator), 20, EPS, EPS)
+    fn, base, scale = mixing(4, 9, generator)
+    # Of even logits: rows are reached by iterating, and of very uneven ones not in 20 rounds.
+    _, _, comb = hc_pre(x, fn, base.clamp(-1, 1), scale / 8, 20, EPS, EPS)
     assert (comb > 0).all()
     assert (comb.sum(1) - 1).abs().max() <= 1e-5, "columns: normalised last"
-    # Rows are reached by iterating; 20 rounds leave a few matrices of very uneven rows behind.
-    rows = (comb.sum(2) - 1).abs()
-    assert rows.median() <= 1e-4
-    assert rows.max() <= 0.15
+    assert (comb.sum(2) - 1).abs().max() <= 1e-3
     # Products of such matrices stay so, and none makes a vector longer: eq. 1 is safe to stack.
-    assert torch.linalg.matrix_norm(comb.double(), 2).max() <= 1 + 2e-2
+    assert torch.linalg.matrix_norm(comb.double(), 2).max() <= 1 + 1e-3
 
 
 def test_direction_of_the_normalisation(generator: torch.Generator) -> None:
