@@ -4,6 +4,7 @@ Not here: what a run needs (cache/layout.py, engine/budget.py). No torch.
 """
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 _UNLIMITED = 1 << 60  # version 1 groups write a huge number for `no limit`
@@ -37,6 +38,20 @@ def peak_resident_bytes() -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere else
+
+
+def forget_peak(proc: Path = Path("/proc")) -> None:
+    """Hand freed memory back and let the peak start again from what is resident now (Linux).
+
+    Where the system cannot, the peak stays the most there ever was.
+    """
+    import ctypes
+
+    # glibc keeps freed blocks below 32 MiB for itself; other C libraries have no such call.
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    with suppress(OSError):
+        (proc / "self" / "clear_refs").write_text("5", "ascii")
 
 
 def free_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:

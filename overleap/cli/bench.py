@@ -1,11 +1,12 @@
 """The command that measures: speed and memory by depth, or the attention of a released shape.
 
-Not here: the measuring (eval/speed.py, eval/geometry.py) or the record (eval/record.py).
+Not here: the measuring (eval/speed.py, eval/geometry.py), the record (eval/record.py) or the
+picture (eval/plot.py).
 """
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +14,21 @@ import typer
 
 from overleap.cli import screen
 from overleap.cli.app import CacheKind, Json, app, cache_format_of
+from overleap.errors import RequestError
 from overleap.machine import peak_resident_bytes, size
 
 Results = Annotated[Path, typer.Option(help="Folder of the record.")]
 Save = Annotated[bool, typer.Option(help="Add the record to the folder.")]
+
+
+@dataclass(frozen=True)
+class _Output:
+    """Where a record goes."""
+
+    results: Path
+    save: bool
+    plot: bool
+    as_json: bool
 
 
 @app.command()
@@ -24,7 +36,13 @@ def bench(
     model: Annotated[
         str | None, typer.Argument(help="Folder, hub id, `mini`, or `random` (small).")
     ] = None,
-    depth: Annotated[list[int] | None, typer.Option(help="Tokens; may be repeated.")] = None,
+    depth: Annotated[
+        list[int] | None, typer.Option(help="Tokens; may be repeated. Else 1K, 4K, 16K, ...")
+    ] = None,
+    to: Annotated[
+        int | None,
+        typer.Option(help="... up to so many tokens: 131072, or what the model has.", min=1),
+    ] = None,
     decode: Annotated[int, typer.Option(help="Steps to measure at each depth.", min=1)] = 16,
     chunk: Annotated[int, typer.Option(help="Tokens of a prefill step.", min=1)] = 512,
     geometry: Annotated[
@@ -32,80 +50,139 @@ def bench(
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens in the cache of --geometry.")] = 1048576,
     cache: CacheKind = "release",
-    backend: Annotated[str, typer.Option(help="Kernel backend.")] = "auto",
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="Kernel backend, else `auto`; repeated: compared with the first."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's choice else.")] = None,
     seed: Annotated[int, typer.Option(help="Of the text, and of random weights.")] = 0,
     results: Results = Path("results"),
     save: Save = True,
+    plot: Annotated[bool, typer.Option("--plot", help="Also draw it: a PNG beside it.")] = False,
+    plot_of: Annotated[
+        Path | None, typer.Option(help="Measure nothing: draw the newest record of this file.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure tokens a second and memory at several depths, and record it.
 
-    Example: `overleap bench mini --depth 1024 --depth 16384 --threads 2`
+    Example: `overleap bench mini --to 1048576 --backend torch --backend cpu --threads 2 --plot`
     """
+    if plot_of is not None:
+        _draw(plot_of)
+        return
+    if depth and to is not None:
+        raise RequestError("--depth and --to both say how deep", "give one of them")
+    if plot and (geometry is not None or not save):
+        raise RequestError(
+            "--plot draws the saved record of a run by depth",
+            "leave out --no-save and --geometry",
+        )
+    backends = backend or ["auto"]
+    settings = _settings(backends, threads, seed)
+    output = _Output(results, save, plot, as_json)
+    if geometry is not None:
+        _geometry(geometry, context, backends, settings, output)
+        return
+    settings |= {"cache": cache, "chunk_tokens": chunk, "decode_steps": decode}
+    _speed(model, depth, to, backends, settings, output)
+
+
+def _settings(backends: list[str], threads: int | None, seed: int) -> dict[str, Any]:
+    """What every record says of how it was measured. A backend that cannot serve raises here."""
     import torch
+
+    from overleap.kernels import table
 
     if threads is not None:
         torch.set_num_threads(threads)
+    if len(set(backends)) < len(backends):
+        raise RequestError(f"--backend names one twice: {', '.join(backends)}")
     settings: dict[str, Any] = {
-        "backend": backend,
+        "backend": ", ".join(backends),
         "threads": torch.get_num_threads(),
         "seed": seed,
     }
-    if geometry is not None:
-        _geometry(geometry, context, backend, seed, settings, results, save, as_json)
-        return
-    settings |= {"cache": cache, "chunk_tokens": chunk, "decode_steps": decode}
-    _speed(model, depth, settings, results, save, as_json)
+    for name in backends:
+        who: dict[str, list[str]] = {}
+        for line in table(name):
+            who.setdefault(line.backend, []).append(line.op)
+        settings[f"ops_of_{name}"] = "; ".join(
+            f"{one}: {' '.join(ops)}" for one, ops in who.items()
+        )
+    return settings
 
 
 def _speed(
     model: str | None,
     depth: list[int] | None,
+    to: int | None,
+    backends: list[str],
     settings: dict[str, Any],
-    results: Path,
-    save: bool,
-    as_json: bool,
+    output: _Output,
 ) -> None:
-    """Read one text up to each depth, and write a little there."""
-    from overleap.eval.speed import DEPTHS, open_model, speed
+    """Read one text up to each depth, and write a little there; again with every backend."""
+    from overleap.eval.speed import Speed, ladder, open_model, rows_of, speed
 
-    built, name, weights = open_model(model, settings["seed"], settings["backend"])
+    form = cache_format_of(settings["cache"])
+    depths = depth or (None if to is None else ladder(to))
+    found: dict[str, list[Speed]] = {}
+    name, weights = "", None
+    for backend in backends:
+        built, name, weights = open_model(model, settings["seed"], backend)
+        with screen.bar(f"reading with {backend}", "tokens") as bar:
+            found[backend] = speed(
+                built,
+                depths,
+                decode_tokens=settings["decode_steps"],
+                chunk_tokens=settings["chunk_tokens"],
+                format=form,
+                seed=settings["seed"],
+                progress=bar,
+            )
+        del built  # before the next one is opened
     settings["model"] = name
-    with screen.bar("reading", "tokens") as bar:
-        found = speed(
-            built,
-            depth or DEPTHS,
-            decode_tokens=settings["decode_steps"],
-            chunk_tokens=settings["chunk_tokens"],
-            format=cache_format_of(settings["cache"]),
-            seed=settings["seed"],
-            progress=bar,
+    numbers = rows_of(found)
+    columns = ["depth", "prefill/s", "latest/s", "decode/s", "cache", "peak (to predicted)"]
+    if len(backends) > 1:
+        columns = ["backend", *columns[:4], "peak", f"of {backends[0]}"]
+    title = (
+        f"{name}, one sequence: tokens/s of all tokens read, of those since the depth before, "
+        "and of writing"
+    )
+    shown = _Table(title, columns, [_cells(row, backends[0], len(backends) > 1) for row in numbers])
+    _report("speed", shown, numbers, settings, weights, output)
+
+
+def _cells(row: dict[str, Any], first: str, several: bool) -> tuple[str, ...]:
+    """A row for people: of one backend, or of several beside the first. The record has more."""
+    from overleap.eval.plot import depth_label
+
+    rates = (
+        depth_label(row["depth_tokens"]),
+        f"{row['prefill_tokens_per_s']:,.0f}",
+        f"{row['interval_tokens_per_s']:,.0f}",
+        f"{row['decode_tokens_per_s']:,.1f}",
+    )
+    peak, off = size(row["peak_process_bytes"] or 0), row["peak_off_percent"]
+    if not several:
+        return (
+            *rates,
+            size(row["cache_bytes"]),
+            peak + ("" if off is None else f" ({off:+.0f} %)"),
         )
-    rows = [
-        (
-            f"{row.depth_tokens:,}",
-            f"{row.prefill_tokens_per_s:,.0f}",
-            f"{row.decode_tokens_per_s:,.1f}",
-            size(row.cache_bytes),
-            size(row.peak_process_bytes or 0),
-        )
-        for row in found
-    ]
-    columns = ("depth", "prefill tokens/s", "decode tokens/s", "cache", "peak memory")
-    title, numbers = f"{name}, one sequence", [asdict(row) for row in found]
-    _report("speed", title, columns, rows, numbers, settings, weights, results, save, as_json)
+    ratios = ""
+    if row["backend"] != first:
+        ratios = f"{row['prefill_ratio']:.2f}, {row['decode_ratio']:.2f}"
+    return (row["backend"], *rates, peak, ratios)
 
 
 def _geometry(
     name: str,
     tokens: int,
-    backend: str,
-    seed: int,
+    backends: list[str],
     settings: dict[str, Any],
-    results: Path,
-    save: bool,
-    as_json: bool,
+    output: _Output,
 ) -> None:
     """Fill the caches of a released shape and time the attention of one decode step."""
     from overleap.config import ModelConfig
@@ -113,53 +190,78 @@ def _geometry(
     from overleap.kernels import select
 
     config = ModelConfig.preset(name)
-    with screen.bar(f"filling the cache of {name}", "pools") as bar:
-        found = geometry(config, select(backend), tokens, seed=seed, progress=bar)
-    settings |= {"geometry": name, "context_tokens": tokens}
-    rows = [
-        (
-            part.part,
-            part.layers,
-            f"{1000 * part.step_s:,.1f} ms",
-            size(part.read_bytes),
-            f"{part.read_bytes / part.step_s / 1e9:.2f}",
+    numbers: list[dict[str, Any]] = []
+    rows: list[tuple[object, ...]] = []
+    title = ""
+    for backend in backends:
+        with screen.bar(f"filling the cache of {name}", "pools") as bar:
+            found = geometry(config, select(backend), tokens, seed=settings["seed"], progress=bar)
+        peak = peak_resident_bytes() or 0
+        title = (
+            f"{name}, {tokens:,} tokens: {found.bytes_per_token:,.2f} B of cache a token "
+            f"(formula {found.formula_bytes_per_token:,.2f}), {size(found.page_bytes)} and "
+            f"{size(found.window_bytes)} of windows, process {size(peak)}"
         )
-        for part in found.parts
-    ]
-    peak = peak_resident_bytes() or 0
-    title = (
-        f"{name}, {tokens:,} tokens: {found.bytes_per_token:,.2f} B of cache a token "
-        f"(formula {found.formula_bytes_per_token:,.2f}), {size(found.page_bytes)} and "
-        f"{size(found.window_bytes)} of windows, process {size(peak)}"
-    )
-    facts = asdict(found)
-    whole = {key: value for key, value in facts.items() if key != "parts"}
-    numbers = [whole | {"peak_process_bytes": peak}, *facts["parts"]]
-    columns = ("part of a decode step", "layers", "time", "cache bytes read", "GB/s")
-    _report("geometry", title, columns, rows, numbers, settings, None, results, save, as_json)
+        facts = asdict(found)
+        parts = facts.pop("parts")
+        numbers.append({"backend": backend} | facts | {"peak_process_bytes": peak})
+        numbers += [{"backend": backend} | part for part in parts]
+        rows += [
+            (
+                backend,
+                part.part,
+                part.layers,
+                f"{1000 * part.step_s:,.1f} ms",
+                size(part.read_bytes),
+                f"{part.read_bytes / part.step_s / 1e9:.2f}",
+            )
+            for part in found.parts
+        ]
+    settings |= {"geometry": name, "context_tokens": tokens}
+    columns = ("backend", "part of a decode step", "layers", "time", "cache bytes read", "GB/s")
+    _report("geometry", _Table(title, columns, rows), numbers, settings, None, output)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A record for people."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[tuple[object, ...]]
 
 
 def _report(
     subject: str,
-    title: str,
-    columns: tuple[str, ...],
-    rows: Sequence[tuple[object, ...]],
+    table: _Table,
     numbers: list[dict[str, Any]],
     settings: dict[str, Any],
     weights: str | None,
-    results: Path,
-    save: bool,
-    as_json: bool,
+    output: _Output,
 ) -> None:
-    """The table, or the record as JSON; then the record is kept."""
+    """The table, or the record as JSON; then the record is kept, and drawn."""
     from overleap.eval.record import append, take
 
     record = take(subject, numbers, settings, weights=weights)
-    if as_json:
+    if output.as_json:
         sys.stdout.write(record.to_json() + "\n")
     else:
-        screen.put_table(title, columns, rows)
+        screen.put_table(table.title, table.columns, table.rows)
     if (record.load or 0) > record.machine.cores + 0.5:
         screen.note(f"{record.load} processes shared the {record.machine.cores} cores")
-    if save:
-        screen.note(f"recorded in {append(record, results)}")
+    if output.save:
+        path = append(record, output.results)
+        screen.note(f"recorded in {path}")
+        if output.plot:
+            _draw(path)
+
+
+def _draw(path: Path) -> None:
+    """The newest record of a file, as a PNG beside it."""
+    from overleap.eval.plot import plot
+    from overleap.eval.record import read
+
+    found = read(path)
+    if not found:
+        raise RequestError(f"{path} holds no record")
+    screen.note(f"drawn in {plot(found[-1], path.with_suffix('.png'))}")

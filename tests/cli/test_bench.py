@@ -1,19 +1,25 @@
-"""`overleap bench`: the table, the record, the busy machine, and the released geometry."""
+"""`overleap bench`: table, record and picture, several backends, and the released geometry."""
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from overleap import kernels
 from overleap.cli import app
-from overleap.errors import CapacityError, ConfigError
+from overleap.errors import BackendError, CapacityError, ConfigError, OverleapError
 from overleap.eval import record as records
+from overleap.kernels.spec import OP_NAMES
 
 
 def bench(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["bench", *map(str, arguments)], catch_exceptions=False)
+    return CliRunner(env={"COLUMNS": "160"}).invoke(
+        app, ["bench", *map(str, arguments)], catch_exceptions=False
+    )
 
 
 def test_it_prints_and_records(tmp_path: Path, seed: int) -> None:
@@ -29,6 +35,91 @@ def test_it_prints_and_records(tmp_path: Path, seed: int) -> None:
     assert "decode" in shown.stdout
     assert "recorded" not in shown.stderr
     assert len(records.read(tmp_path / "speed.jsonl")) == 1
+
+
+@pytest.fixture
+def twin(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A second backend: the definition under another name."""
+    monkeypatch.setitem(kernels.OWN, "twin", "overleap.kernels.torch")
+    return "twin"
+
+
+def test_backends_are_compared_in_one_record(tmp_path: Path, twin: str, seed: int) -> None:
+    named = ["--backend", "torch", "--backend", twin, "--seed", seed]
+    shown = bench("random", "--depth", 9, "--depth", 140, "--decode", 2, *named,
+                  "--results", tmp_path)  # fmt: skip
+    [record] = records.read(tmp_path / "speed.jsonl")
+    assert [(row["backend"], row["depth_tokens"]) for row in record.numbers] == [
+        ("torch", 9),
+        ("torch", 140),
+        (twin, 9),
+        (twin, 140),
+    ]
+    for base, row in zip(record.numbers[:2], record.numbers[2:], strict=True):
+        assert row["prefill_ratio"] == base["prefill_s"] / row["prefill_s"]
+        assert row["decode_ratio"] == pytest.approx(
+            row["decode_tokens_per_s"] / base["decode_tokens_per_s"]
+        )
+        assert row["cache_bytes"] == base["cache_bytes"]
+    assert record.settings["backend"] == f"torch, {twin}"
+    assert record.settings["ops_of_torch"] == "torch: " + " ".join(OP_NAMES)
+    assert record.settings["ops_of_twin"] == "twin: " + " ".join(OP_NAMES)
+    assert "backend" in shown.stdout and twin in shown.stdout
+
+
+def test_the_depths_end_where_asked(tmp_path: Path) -> None:
+    bench("random", "--to", 1030, "--decode", 1, "--backend", "torch", "--results", tmp_path)
+    [record] = records.read(tmp_path / "speed.jsonl")
+    assert [row["depth_tokens"] for row in record.numbers] == [1024, 1030]
+    assert [row["interval_tokens"] for row in record.numbers] == [1024, 6]
+
+
+def test_the_run_just_made_is_drawn_beside_its_record(tmp_path: Path) -> None:
+    shown = bench("random", "--depth", 3, "--depth", 5, "--decode", 1, "--backend", "torch",
+                  "--results", tmp_path, "--plot")  # fmt: skip
+    picture = tmp_path / "speed.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"drawn in {picture}" in shown.stderr
+    picture.unlink()
+    shown = bench("--plot-of", tmp_path / "speed.jsonl")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert len(records.read(tmp_path / "speed.jsonl")) == 1
+
+
+def test_without_matplotlib_the_record_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(OverleapError, match="needs matplotlib") as caught:
+        bench("random", "--depth", 3, "--decode", 1, "--backend", "torch",
+              "--results", tmp_path, "--plot")  # fmt: skip
+    assert caught.value.hint == "pip install overleap[plots]"
+    assert len(records.read(tmp_path / "speed.jsonl")) == 1
+    assert not (tmp_path / "speed.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--depth", 5, "--to", 9], "both say how deep"),
+        (["--plot", "--no-save"], "--plot draws the saved record"),
+        (["--plot", "--geometry", "v4-flash"], "--plot draws the saved record"),
+        (["--backend", "torch", "--backend", "torch"], "names one twice"),
+        (["--plot-of", "no/such.jsonl"], "no/such.jsonl cannot be read"),
+        (["--plot-of", os.devnull], "holds no record"),
+    ],
+)
+def test_contradictions_are_refused(arguments: list[object], complaint: str) -> None:
+    with pytest.raises(OverleapError, match=complaint):
+        bench("random", *arguments)
+
+
+def test_a_backend_that_cannot_serve_is_refused_before_any_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("overleap.eval.speed.open_model", None)
+    with pytest.raises(BackendError, match="no kernel backend is called 'none'"):
+        bench("random", "--backend", "torch", "--backend", "none")
 
 
 @pytest.mark.parametrize(("load", "noted"), [(0.9, False), (999.0, True), (None, False)])
@@ -51,6 +142,14 @@ def test_the_released_geometry(name: str, per_token: float, tmp_path: Path) -> N
     }[name]
     assert all(part["step_s"] > 0 for part in parts)
     assert parts[0]["read_bytes"] == parts[0]["layers"] * 256 * 68
+
+
+def test_the_geometry_of_several_backends(tmp_path: Path, twin: str) -> None:
+    shown = bench("--geometry", "v4-flash", "--context", 256, "--backend", "torch",
+                  "--backend", twin, "--results", tmp_path, "--json")  # fmt: skip
+    rows = json.loads(shown.stdout)["numbers"]
+    assert [row["backend"] for row in rows] == ["torch"] * 5 + [twin] * 5
+    assert [row.get("part") for row in rows[:5]] == [row.get("part") for row in rows[5:]]
 
 
 def test_what_cannot_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
