@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from overleap.kernels.conformance import conform
-from overleap.kernels.conformance.draw import KEY, KEY_SHORT, WIDE, Draw
+from overleap.kernels.conformance.draw import KEY, KEY_SHORT, KV, KV_SHORT, WIDE, Draw
 from overleap.kernels.spec import Ops, Pool, RowFormat, Spans
+from overleap.kernels.torch.attention import window_write
 
 native = pytest.importorskip(
     "overleap.kernels.cpu._native", reason="the native kernels were not built", exc_type=ImportError
 )
-from overleap.kernels.cpu.attention import OPS, index_topk  # noqa: E402
+from overleap.kernels.cpu.attention import OPS, attend, index_topk  # noqa: E402
 
 
 def present() -> list[str]:
@@ -65,12 +66,15 @@ def cuts(chooser: random.Random, tokens: int) -> list[int]:
     return [0, *sorted(inner), tokens]
 
 
-def pages_of(spans: Spans) -> list[int]:
-    return cast(list[int], spans.table_BP[0].tolist())
+def part_of(spans: Spans, low: int, high: int) -> Spans:
+    """Tokens low .. high - 1 of the one sequence."""
+    pages = cast(list[int], spans.table_BP[0].tolist())
+    parts = [(spans.start[0] + low, high - low, spans.slot[0], pages)]
+    return Spans.of(parts, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", sorted(OPS))
-def test_it_keeps_the_contract(name: str, isa: str, threads: int, seed: int) -> None:
+def test_it_keeps_the_contract(name: str, isa: str, seed: int) -> None:
     verdicts = conform(cast(Ops, SimpleNamespace(**OPS)), "cpu", seed=seed, only=[name])
     assert len(verdicts) >= 60
     assert [v for v in verdicts if not v.passed] == []
@@ -86,12 +90,12 @@ def test_chosen_entries_do_not_depend_on_the_call(row: RowFormat, isa: str, seed
     weight = draw.normal(tokens, heads)
     whole = index_topk(q, weight, keys, 4, spans, k)
 
-    def piece(low: int, high: int) -> Tensor:
-        part = Spans.of([(start + low, high - low, 0, pages_of(spans))], torch.device("cpu"))
-        return index_topk(q[low:high], weight[low:high], keys, 4, part, k)
-
     def pieces(borders: list[int]) -> Tensor:
-        return torch.cat([piece(low, high) for low, high in pairwise(borders)])
+        got = []
+        for low, high in pairwise(borders):
+            part = part_of(spans, low, high)
+            got.append(index_topk(q[low:high], weight[low:high], keys, 4, part, k))
+        return torch.cat(got)
 
     for count in (1, 2):
         with threads_set(count):
@@ -105,3 +109,68 @@ def test_entries_that_all_tie_come_in_order(isa: str, threads: int) -> None:
     keys = Pool(torch.zeros(313, 32, 40), WIDE)
     chosen = index_topk(torch.ones(1, 3, 40), torch.ones(1, 3), keys, 4, spans, 300)
     assert chosen.tolist() == [list(range(300))]
+
+
+@pytest.mark.parametrize("ratio", [0, 128, 4], ids=["window", "all", "chosen"])
+@pytest.mark.parametrize("row", [KV, KV_SHORT, WIDE], ids=lambda row: f"{row.kind}{row.width}")
+def test_attention_does_not_depend_on_the_call(
+    row: RowFormat, ratio: int, isa: str, seed: int
+) -> None:
+    chooser, draw = random.Random(seed), Draw(seed, torch.device("cpu"))
+    start, tokens, heads = chooser.randrange(10_000), chooser.randint(2, 90), chooser.randint(1, 17)
+    dtype = chooser.choice((torch.float32, torch.bfloat16))
+    spans = draw.spans((start, tokens))
+    entries = draw.pool(row, ratio, spans) if ratio else None
+    fresh, ring = draw.rows(row, tokens), draw.ring(row, 128, spans)
+    q, sink = draw.normal(tokens, heads, row.width, dtype=dtype), draw.normal(heads)
+    chosen = None
+    if ratio == 4:
+        chosen = torch.full((tokens, 100), -1)
+        for t in range(tokens):
+            some = torch.randperm((start + t + 1) // 4, generator=draw.generator)[:100]
+            chosen[t, : len(some)] = some
+
+    def pieces(borders: list[int]) -> tuple[Tensor, Tensor]:
+        kept, outs, logs = Pool(ring.rows.clone(), row), [], []
+        for low, high in pairwise(borders):
+            part, few = part_of(spans, low, high), None if chosen is None else chosen[low:high]
+            rest = (ratio, sink, 0.1, 128, part)
+            out, log = attend(q[low:high], fresh[low:high], kept, entries, few, *rest)
+            window_write(kept.rows, fresh[low:high], part)
+            outs.append(out)
+            logs.append(log)
+        return torch.cat(outs), torch.cat(logs)
+
+    whole = pieces([0, tokens])
+    for count in (1, 2):
+        with threads_set(count):
+            for borders in ([0, tokens], list(range(tokens + 1)), cuts(chooser, tokens)):
+                for got, want in zip(pieces(borders), whole, strict=True):
+                    assert torch.equal(got, want)
+
+
+def test_naming_every_visible_entry_is_naming_none(isa: str, seed: int) -> None:
+    draw = Draw(seed, torch.device("cpu"))
+    spans = draw.spans((777, 9))
+    entries, chosen = draw.pool(KV_SHORT, 4, spans), torch.full((9, 300), -1)
+    for t in range(9):
+        visible = (777 + t + 1) // 4
+        some = torch.randperm(300, generator=draw.generator)[:visible]
+        chosen[t, some] = torch.randperm(visible, generator=draw.generator)
+    q, fresh, ring = draw.normal(9, 5, 100), draw.rows(KV_SHORT, 9), draw.ring(KV_SHORT, 128, spans)
+    sink = draw.normal(5)
+    named = attend(q, fresh, ring, entries, chosen, 4, sink, 0.1, 128, spans)
+    unnamed = attend(q, fresh, ring, entries, None, 4, sink, 0.1, 128, spans)
+    assert torch.equal(named[0], unnamed[0])
+    assert torch.equal(named[1], unnamed[1])
+
+
+def test_a_spoiled_row_spoils_only_the_tokens_that_see_it(isa: str) -> None:
+    spans = Spans.of([(0, 300, 0, [0, 1, 2])], torch.device("cpu"))
+    fresh, ring = torch.ones(300, 40), Pool(torch.ones(1, 136, 40), WIDE)
+    fresh[100] = torch.nan
+    q, sink = torch.ones(300, 2, 40), torch.zeros(2)
+    out, log = attend(q, fresh, ring, None, None, 0, sink, 0.1, 128, spans)
+    spoiled = torch.arange(300)[log.isnan().any(-1)].tolist()
+    assert spoiled == list(range(100, 228))
+    assert torch.equal(out.isnan().any(-1), log.isnan())

@@ -40,10 +40,70 @@ def index_topk(
         k,
         spans.start,
         spans.count,
+        spans.slot,
         out.data_ptr(),
         torch.get_num_threads(),
     )
     return out
 
 
-OPS: dict[str, Callable[..., Any]] = {"index_topk": index_topk}
+def attend(
+    q_THK: Tensor,
+    fresh_T: Tensor,
+    ring: Pool,
+    entries: Pool | None,
+    chosen_Tk: Tensor | None,
+    ratio: int,
+    sink_H: Tensor,
+    scale: float,
+    window: int,
+    spans: Spans,
+) -> tuple[Tensor, Tensor]:
+    """See spec.Ops.attend. Chosen entries count in the order of their numbers, so that naming every
+    visible entry gives the bits of naming none."""
+    tokens, heads, width = q_THK.shape
+    row, table = ring.format, spans.table_BP
+    pages = entries.rows if entries is not None and ratio else None
+    assert width == row.width and window <= ring.per_page and ring.rows.is_contiguous()
+    assert fresh_T.dtype is ring.rows.dtype is row.dtype and table.is_contiguous()
+    if pages is not None:
+        assert entries is not None and entries.format == row and pages.is_contiguous()
+    assert sink_H.dtype is torch.float32 and sink_H.is_contiguous()
+    q_THK, fresh_T = q_THK.contiguous(), fresh_T.contiguous()
+    if chosen_Tk is not None:
+        assert chosen_Tk.dtype is torch.int64
+        chosen_Tk = chosen_Tk.contiguous()
+    out = torch.empty_like(q_THK)
+    log = torch.empty((tokens, heads), dtype=torch.float32)
+    _native.attend(
+        q_THK.data_ptr(),
+        q_THK.dtype is torch.bfloat16,
+        heads,
+        fresh_T.data_ptr(),
+        ring.rows.data_ptr(),
+        ring.per_page,
+        _KIND[row.kind],
+        width,
+        row.rope,
+        ring.rows.shape[2] * ring.rows.itemsize,
+        0 if pages is None else pages.data_ptr(),
+        1 if pages is None else pages.shape[1],
+        table.data_ptr(),
+        table.shape[1],
+        0 if chosen_Tk is None else chosen_Tk.data_ptr(),
+        0 if chosen_Tk is None else chosen_Tk.shape[1],
+        ratio,
+        sink_H.data_ptr(),
+        scale,
+        window,
+        spans.start,
+        spans.count,
+        spans.slot,
+        out.data_ptr(),
+        log.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out, log
+
+
+OPS: dict[str, Callable[..., Any]] = {"index_topk": index_topk, "attend": attend}

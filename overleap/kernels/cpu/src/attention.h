@@ -6,12 +6,14 @@
 #include <vector>
 
 #include "isa.h"
+#include "linear.h"
 
 namespace overleap {
 
 // The new tokens of one sequence: `count` from absolute position `start`, packed from row `first`.
 struct Stretch {
     int64_t start, count, first;
+    int64_t slot;  // of its window ring; index_topk has none
 };
 
 enum class RowKind : int { kv, key, wide };
@@ -50,6 +52,27 @@ struct Choice {
     int threads;
 };
 
-OVERLEAP_EVERY_ISA(void choose(const Choice&);)
+// One softmax for every token over window rows, entries and a sink.
+struct Attention {
+    const void* q;  // [tokens, heads, width]
+    Float type;     // of q and out
+    int64_t heads, width;
+    const uint8_t* fresh;  // [tokens, layout.bytes]
+    const uint8_t* ring;   // [slots, ring_rows, layout.bytes]
+    int64_t ring_rows;
+    RowLayout layout;
+    Pages entries;          // rows: null for none
+    const int64_t* chosen;  // [tokens, k], or null for every visible entry
+    int64_t k, ratio;
+    const float* sink;  // [heads]
+    float scale;
+    int64_t window;
+    std::vector<Stretch> sequences;
+    void* out;   // [tokens, heads, width]
+    float* log;  // [tokens, heads]
+    int threads;
+};
+
+OVERLEAP_EVERY_ISA(void choose(const Choice&); void attend(const Attention&);)
 
 }  // namespace overleap
