@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import overleap
 from overleap import machine
 from overleap.cache import layout
 from overleap.cache.layout import CacheFormat
@@ -62,7 +61,7 @@ def _folder(name: str) -> Path:
     """As checkpoint.locate, which imports torch; that is asked for what is not at hand."""
     here = Path(name)
     if name == "mini":
-        here = Path(overleap.__file__).parent / "bundled" / "mini"
+        here = Path(__file__).parents[1] / "bundled" / "mini"
     if name and here.is_dir():
         return here
     from overleap.checkpoint import locate

@@ -18,7 +18,7 @@ from overleap.engine.sampler import Draw, sample
 from overleap.errors import StateError
 
 FACTS = "The color of Alice is green.\nThe city is quiet.\nThe metal of Oscar is copper.\n"
-DEMO = ("demo", "--tokens", 600, "--facts", 2)
+DEMO = ("demo", "--tokens", 600, "--facts", 2, "--seed", 11)
 
 
 def run(*arguments: object, text: str | None = None) -> Result:
@@ -53,9 +53,9 @@ def test_ask_is_sound_cold_and_from_what_was_kept(document: Path, tmp_path: Path
     assert json_of(*command[:-1])["verified"] is None
 
 
-def test_generate_is_sound_sampled_and_wide(seed: int) -> None:
-    for options in ((), ("--cache", "wide")):
-        command = ("generate", "def main(", "--max-tokens", 40, "--seed", seed, *options)
+def test_generate_is_sound() -> None:
+    for options in (("--temperature", 0), ("--temperature", 1, "--seed", 5, "--cache", "wide")):
+        command = ("generate", "def main(", "--max-tokens", 20, *options)
         said = json_of(*command, "--verify")
         assert said["verified"]["tokens"] == said["usage"]["generated_tokens"]
         assert said["text"] == json_of(*command)["text"]
@@ -68,8 +68,8 @@ def test_every_turn_of_a_chat_is_checked() -> None:
     assert result.stderr.count("verified: computed from scratch") == 2
 
 
-def test_every_answer_of_the_demo_is_checked(seed: int) -> None:
-    said = json_of(*DEMO, "--seed", seed, "--verify")
+def test_every_answer_of_the_demo_is_checked() -> None:
+    said = json_of(*DEMO, "--verify")
     given = [answer["usage"]["generated_tokens"] for answer in said["answers"]]
     assert said["verified"]["tokens"] == sum(given)
     assert said["predicted_peak_bytes"] > 0
