@@ -277,15 +277,16 @@ class Engine:
             self._finish(run, FinishReason.LENGTH)
 
     def _remember(self, run: Run, reading: bool) -> None:
-        """At a page boundary: keep a snapshot of the prompt where wanted, of the answer always.
+        """At a page boundary: take a snapshot, and keep it where one of the prompt is wanted.
 
-        Only the last snapshot of an answer is worth keeping, so it waits for the end.
+        Of all others only the last is worth keeping, so it waits for the end: of the answer, or
+        of a prompt that is aborted before all of it was read.
         """
         assert run.sequence is not None
-        if not reading:
-            run.turn = self._cache.snapshot(run.sequence)
-        elif run.job.done in run.job.marks:
-            self._prefix.keep(run.chain, run.sequence.pages, self._cache.snapshot(run.sequence))
+        run.turn = self._cache.snapshot(run.sequence)
+        if reading and run.job.done in run.job.marks:
+            self._prefix.keep(run.chain, run.sequence.pages, run.turn)
+            run.turn = None
 
     def _finish(
         self,

@@ -27,7 +27,11 @@ class Draft:
 
 @dataclass(eq=False)
 class Run:
-    """A request on its way. `chain` names its full pages; `turn` is a snapshot of the answer."""
+    """A request on its way.
+
+    chain  names of its full pages
+    turn   the last snapshot, if it is not kept yet
+    """
 
     handle: Handle
     job: Job

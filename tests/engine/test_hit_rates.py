@@ -1,0 +1,81 @@
+"""How much of a conversation is read once only: turn by turn, to the token, and in all.
+
+Over a model that reads nothing: only who computes what counts. That the answers are right is
+shown by test_engine.py and ../test_state_engine.py. Read next: tests/cache/test_prefix.py.
+"""
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from overleap.cache.layout import PAGE_TOKENS
+from overleap.cache.state import Cache
+from overleap.engine.engine import Engine
+from overleap.model.transformer import Batch, Output
+from tests.engine.fake import CONFIG, VOCABULARY, answer
+from tests.engine.test_engine import assert_empty, greedy, make, text
+
+TURNS = 20
+PAGES = 110
+
+
+class Skimmer:
+    """Advances sequences and chooses tokens by their number."""
+
+    config = replace(CONFIG, max_position_embeddings=PAGES * PAGE_TOKENS)
+    device = torch.device("cpu")
+    every = torch.eye(VOCABULARY)
+
+    def __call__(self, batch: Batch, cache: Cache) -> Output:
+        for sequence, count in zip(batch.sequences, batch.spans.count, strict=True):
+            sequence.length += count
+        assert batch.rows is not None
+        chosen = batch.spans.position_T[batch.rows] * 7 % VOCABULARY
+        return Output(self.every[chosen], torch.empty(0), torch.empty(len(batch.ids_T), 1, 1))
+
+
+def converse(engine: Engine, number: random.Random) -> tuple[int, int, int]:
+    """Turns of 20 to 300 tokens, answers alike: prompt tokens in all, those that an earlier turn
+    had, and those found. The last token of an answer is chosen and never read.
+    """
+    past: list[int] = []
+    total = before = found = 0
+    for _ in range(TURNS):
+        known = max(0, len(past) - 1)
+        prompt = past + text(number.randrange(2**31), number.randint(20, 300))
+        done = engine.generate(greedy(prompt, number.randint(20, 300)))
+        cached = done.finish.usage.cached_tokens
+        assert cached == known // PAGE_TOKENS * PAGE_TOKENS
+        total, before, found = total + len(prompt), before + known, found + cached
+        past = prompt + done.ids
+    return total, before, found
+
+
+def test_a_conversation_is_read_once(seed: int) -> None:
+    """All full pages are found at every turn, so at most 127 tokens a turn are read twice.
+
+    That is 95 % of what can be found, unless all turns are short. It is less of all prompt
+    tokens, 92 to 94 %, since what is new at a turn is 4 to 6 % of them.
+    """
+    number, model = random.Random(seed), Skimmer()
+    while True:
+        skimmer: Any = model
+        engine = Engine(skimmer, pages=PAGES, chunk_tokens=200, speculate="off")
+        total, before, found = converse(engine, number)
+        print(
+            f"{total} prompt tokens: found {found / total:.1%}, {found / before:.1%} of those known"
+        )
+        assert_empty(engine)
+        if before >= 20 * TURNS * PAGE_TOKENS:
+            break
+    assert found >= 0.95 * before
+
+
+def test_a_prompt_sent_again(seed: int) -> None:
+    engine, _ = make()
+    prompt = text(seed, 300)
+    for cached in (0, 256, 256):
+        done = engine.generate(greedy(prompt))
+        assert done.ids == answer(prompt, 6) and done.finish.usage.cached_tokens == cached
