@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from overleap.errors import BackendError
 from overleap.kernels.conformance import conform
 from overleap.kernels.conformance.draw import KEY, KEY_SHORT, KV, KV_SHORT, WIDE, Draw
 from overleap.kernels.spec import Ops, Pool, RowFormat, Spans
@@ -174,3 +175,11 @@ def test_a_spoiled_row_spoils_only_the_tokens_that_see_it(isa: str) -> None:
     spoiled = torch.arange(300)[log.isnan().any(-1)].tolist()
     assert spoiled == list(range(100, 228))
     assert torch.equal(out.isnan().any(-1), log.isnan())
+
+
+def test_a_gradient_is_refused_not_lost() -> None:
+    spans = Spans.of([(0, 1, 0, [0])], torch.device("cpu"))
+    q = torch.ones(1, 2, 40, requires_grad=True)
+    ring = Pool(torch.ones(1, 136, 40), WIDE)
+    with pytest.raises(BackendError, match="no gradients"):
+        attend(q, torch.ones(1, 40), ring, None, None, 0, torch.zeros(2), 0.1, 128, spans)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from overleap.errors import BackendError
 from overleap.kernels.cpu import _native
 from overleap.kernels.spec import Pool, Spans
 
@@ -62,6 +63,10 @@ def attend(
     """See spec.Ops.attend. Chosen entries count in the order of their numbers, so that naming every
     visible entry gives the bits of naming none."""
     tokens, heads, width = q_THK.shape
+    if q_THK.requires_grad or fresh_T.requires_grad:
+        raise BackendError(
+            "the native kernels carry no gradients", 'train with select("torch") or TrainingOps'
+        )
     row, table = ring.format, spans.table_BP
     pages = entries.rows if entries is not None and ratio else None
     assert width == row.width and window <= ring.per_page and ring.rows.is_contiguous()

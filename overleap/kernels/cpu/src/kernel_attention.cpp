@@ -29,19 +29,43 @@ struct Block {
 // -- Rows
 
 template <class E>
+static inline int64_t decode_group(const uint8_t* code, int64_t n, uint8_t scale, E* out) {
+    return decode_fp8_fast(code, n, scale, out);
+}
+
+#if defined(__AVX512BF16__)
+// By way of bf16, twice as many lanes: faster than straight to float.
+static inline int64_t decode_group(const uint8_t* code, int64_t n, uint8_t scale, float* out) {
+    bf16 exact[kKvGroup];
+    int64_t done = decode_fp8_fast(code, n, scale, exact);
+    for (int64_t i = 0; i < done; i += W) store(out + i, load(exact + i));
+    return done;
+}
+#endif
+
+static inline void copy_rope(const uint8_t* stored, int64_t n, bf16* out) {
+    std::memcpy(out, stored, static_cast<size_t>(2 * n));
+}
+
+static inline void copy_rope(const uint8_t* stored, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; i += W) {
+        int count = static_cast<int>(std::min<int64_t>(W, n - i));
+        bf16 few[W] = {};  // what is stored is not aligned
+        std::memcpy(few, stored + 2 * i, 2 * static_cast<size_t>(count));
+        store_part(out + i, load(few), count);
+    }
+}
+
+template <class E>
 static void decode_kv(const uint8_t* row, const RowLayout& layout, E* out) {
     int64_t plain = layout.width - layout.rope;
     const uint8_t* scale = row + plain + 2 * layout.rope;
     for (int64_t i = 0; i < plain; i += kKvGroup, scale++) {
         int64_t n = std::min<int64_t>(kKvGroup, plain - i);
-        int64_t done = decode_fp8_fast(row + i, n, *scale, out + i);
+        int64_t done = decode_group(row + i, n, *scale, out + i);
         decode_fp8(row + i + done, n - done, *scale, out + i + done);
     }
-    for (int64_t i = 0; i < layout.rope; i++) {
-        bf16 value;  // not aligned
-        std::memcpy(&value, row + plain + 2 * i, 2);
-        put(out[plain + i], wide(value));
-    }
+    copy_rope(row + plain, layout.rope, out + plain);
 }
 
 template <class E>
