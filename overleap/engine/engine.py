@@ -126,7 +126,10 @@ class Engine:
         return run.handle
 
     def abort(self, handle: Handle) -> None:
-        """End a request now; its Finish follows the events it already has. Twice is harmless."""
+        """End a request now; its Finish follows the events it already has. Twice is harmless.
+
+        What was read of its prompt is kept, up to the last step that ended with a full page.
+        """
         run = self._runs.get(handle.request.id)
         if run is not None and run.handle is handle:
             self._finish(run, FinishReason.ABORT)
@@ -360,6 +363,7 @@ class Engine:
             pages * layout.page_bytes(cache.config, cache.format)
             + slots * layout.slot_bytes(cache.config, cache.format).total
             + self._prefix.snapshot_bytes
+            + sum(run.turn.nbytes for run in self._runs.values() if run.turn is not None)
         )
 
 
