@@ -13,6 +13,7 @@ from overleap.engine.engine import Engine
 from overleap.engine.request import Completion, Request, Sampling, Token
 from overleap.model.transformer import Transformer
 from tests.checkpoints import random_tensors, tiny_config
+from tests.oracles.steady import Steady
 
 SAMPLING = Sampling(temperature=0, max_tokens=20, stop_ids=(), logprobs=5)
 
@@ -74,10 +75,11 @@ def test_answers_do_not_depend_on_how_they_were_read(cache_format: CacheFormat, 
     draw = [number.randrange(model.config.vocab_size) for _ in range(700)]
     document = draw[: number.randint(130, 400)]
     prompts = [document + draw[-number.randint(1, 150) :] for _ in range(3)]
-    alone = [read(model, [prompt], cache_format, 10_000, False)[0][0] for prompt in prompts]
-    for chunk, share in ((10_000, False), (number.randint(3, 150), False), (100, True)):
-        answers, shared = read(model, prompts, cache_format, chunk, share)
-        assert (shared > 0) == share
-        for one, other in zip(alone, answers, strict=True):
-            assert_same(one, other, cache_format)
+    with Steady():  # nobody looked whether its choices of entries and experts are clear
+        alone = [read(model, [prompt], cache_format, 10_000, False)[0][0] for prompt in prompts]
+        for chunk, share in ((10_000, False), (number.randint(3, 150), False), (100, True)):
+            answers, shared = read(model, prompts, cache_format, chunk, share)
+            assert (shared > 0) == share
+            for one, other in zip(alone, answers, strict=True):
+                assert_same(one, other, cache_format)
     assert not torch.is_inference_mode_enabled()
