@@ -9,7 +9,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from math import prod
 from pathlib import Path
 
@@ -63,7 +62,7 @@ def locate(path: str | Path, announce: Callable[[Preflight], None] | None = None
     Raises CheckpointError if there is no such thing, CapacityError if the disk is too small.
     """
     if path in BUNDLED:
-        folder = Path(str(resources.files("overleap"))) / "bundled" / "mini"
+        folder = Path(__file__).parents[1] / "bundled" / "mini"
         if not folder.is_dir():
             raise CheckpointError(
                 "the bundled model is not part of this installation",

@@ -1,4 +1,4 @@
-"""Commands that examine: logits, conform, version.
+"""Commands that examine: logits, kernels, conform, version.
 
 Not here: checkpoints (models.py).
 """
@@ -40,6 +40,25 @@ def logits(
     loaded = load(locate(model), wide=cache_format_of(cache) == "wide")
     with screen.bar("reading", "tokens") as bar:
         write_logits(out, all_logits(loaded, tokens, cache_format_of(cache), chunk, bar))
+
+
+@app.command()
+def kernels(
+    backend: Annotated[str, typer.Option(help="Kernel backend, or auto.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Say which backend serves each op, and why no better one.
+
+    Example: `overleap kernels --backend cpu`
+    """
+    from overleap.kernels import table
+
+    served = table(backend)
+    if as_json:
+        screen.put_json([asdict(row) for row in served])
+        return
+    rows = [(row.op, row.backend, row.reason) for row in served]
+    screen.put_table(f"{backend} on cpu", ("op", "served by", "why no other"), rows)
 
 
 @app.command()

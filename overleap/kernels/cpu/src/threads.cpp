@@ -39,7 +39,9 @@ class Pool {
         if (asleep_.load()) round_.notify_all();
         drain();
         open_.store(false);
-        while (inside_.load()) pause();
+        // A worker that the system has put aside needs this core, if there is no other.
+        for (int spin = 0; inside_.load(); spin++)
+            spin < kSpins ? pause() : std::this_thread::yield();
     }
 
   private:
