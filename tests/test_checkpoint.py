@@ -379,7 +379,7 @@ def test_locate(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(CheckpointError, match="is not a checkpoint folder"):
             locate(nothing)
     package = tmp_path / "package"
-    monkeypatch.setattr("overleap.checkpoint.hub.resources.files", lambda _: package)
+    monkeypatch.setattr("overleap.checkpoint.hub._PACKAGE", package)
     with pytest.raises(CheckpointError, match="bundled"):
         locate("mini")
     (package / "bundled" / "mini").mkdir(parents=True)

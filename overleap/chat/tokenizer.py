@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Protocol, Self
 
 from blake3 import blake3
+from tokenizers import Encoding
 from tokenizers import Tokenizer as HfTokenizer
 
 from overleap.errors import CheckpointError, DialectError, RequestError
+
+PIECE, NEAR = 2**16, 64  # characters: encoded at a time, looked at around a cut
+BATCH = 4  # pieces that the library may encode side by side
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -88,6 +92,8 @@ class Tokenizer:
                 f"{source} gives {BOS} and {EOS} the ids {found[0]} and {found[1]}, "
                 "a V4 model expects 0 and 1"
             )
+        # One object for each number: a text of a million tokens would make a million of them.
+        self._numbers = list(range(self.vocab_size))
         self._control = {self._added[token] for token in (BOS, EOS, PAD) if token in self._added}
         # The same model without its added tokens (shared, not copied): it reads any text as plain.
         self._plain = HfTokenizer(full.model)
@@ -143,23 +149,45 @@ class Tokenizer:
         return self._encode_parts(parts)
 
     def _encode_parts(self, parts: Sequence[tuple[str, bool]]) -> list[int]:
-        """Encode (text, is_special) in order; plain parts in one batch."""
-        plain = [text for text, is_special in parts if not is_special and text]
+        """Encode (text, is_special) in order."""
+        ids: list[int] = []
+        for text, is_special in parts:
+            if is_special:
+                ids.append(self.id_of(text))
+                continue
+            start = 0
+            while start < len(text):
+                pieces = []
+                while start < len(text) and len(pieces) < BATCH:
+                    end = self._cut(text, start)
+                    pieces.append(text[start:end])
+                    start = end
+                ids += [self._numbers[i] for encoded in self._batch(pieces) for i in encoded.ids]
+        return ids
+
+    def _cut(self, text: str, start: int) -> int:
+        """Where a piece that begins at `start` may end, so that its tokens are those of the whole.
+
+        The library holds some 450 bytes for each token of a piece until it is done with it. A cut
+        is at the start of a line, and only where its neighbourhood has the same tokens either way.
+        """
+        end = start + PIECE
+        while (end := text.find("\n", end) + 1) > 0:
+            around = text[end - NEAR : end], text[end : end + NEAR]
+            if not around[1][:1].isspace():
+                left, right, both = self._batch([*around, "".join(around)])
+                if left.ids + right.ids == both.ids:
+                    return end
+        return len(text)
+
+    def _batch(self, texts: list[str]) -> list[Encoding]:
         try:
-            encodings = self._plain.encode_batch_fast(plain, add_special_tokens=False)
+            return self._plain.encode_batch_fast(texts, add_special_tokens=False)
         except (TypeError, UnicodeError) as error:
             raise RequestError(
                 "the text is not valid Unicode: it holds a lone surrogate",
                 "decode files as UTF-8 with errors='replace'",
             ) from error
-        encoded = iter(encodings)
-        ids: list[int] = []
-        for text, is_special in parts:
-            if is_special:
-                ids.append(self.id_of(text))
-            elif text:
-                ids += next(encoded).ids
-        return ids
 
     def id_of(self, token: str) -> int:
         """Id of an added token by its exact spelling. Raises DialectError if there is none."""

@@ -22,6 +22,7 @@ from overleap.errors import CapacityError, CheckpointError
 from overleap.machine import size
 
 BUNDLED = ("mini", "bundled")
+_PACKAGE = Path(__file__).parents[1]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 # What is fetched: weights, settings, tokenizer. Never code, pickles or other folders.
 _WANTED = ["*.safetensors", "*.json", "tokenizer*"]
@@ -62,7 +63,7 @@ def locate(path: str | Path, announce: Callable[[Preflight], None] | None = None
     Raises CheckpointError if there is no such thing, CapacityError if the disk is too small.
     """
     if path in BUNDLED:
-        folder = Path(__file__).parents[1] / "bundled" / "mini"
+        folder = _PACKAGE / "bundled" / "mini"
         if not folder.is_dir():
             raise CheckpointError(
                 "the bundled model is not part of this installation",

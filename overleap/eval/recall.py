@@ -15,6 +15,7 @@ from overleap.errors import RequestError
 from overleap.eval.needle import Fact, Planted, plant, stdlib_text
 
 ANSWER_TOKENS = 12
+PIECE = 2**18  # characters
 _RESERVE = 64  # tokens for the question and the chat frame around a document
 
 
@@ -45,11 +46,20 @@ def document(tokenizer: Tokenizer, tokens: int, facts: int, seed: int) -> Plante
             f"ask for at least {_RESERVE + 16 * facts + 64}",
         )
     text = stdlib_text(seed)
-    ids = tokenizer.encode(text[: 8 * room])
-    if len(ids) < room:
-        raise RequestError(f"the standard library has {len(ids)} tokens, {room} are needed")
-    cut = tokenizer.decode(ids[:room])
+    cut = _first(tokenizer, text, room)
     return plant(cut[: cut.rfind("\n") + 1], facts, seed)
+
+
+def _first(tokenizer: Tokenizer, text: str, tokens: int) -> str:
+    """The first `tokens` tokens of a text, encoded a piece at a time to spare memory."""
+    pieces, have = [], 0
+    for start in range(0, len(text), PIECE):
+        ids = tokenizer.encode(text[start : start + PIECE])[: tokens - have]
+        pieces.append(tokenizer.decode(ids))
+        have += len(ids)
+        if have == tokens:
+            return "".join(pieces)
+    raise RequestError(f"the standard library has {have} tokens, {tokens} are needed")
 
 
 def questions(

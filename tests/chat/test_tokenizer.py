@@ -77,6 +77,22 @@ def test_streaming_any_ids_equals_decoding_them(tokenizer: Tokenizer, seed: int)
             )
 
 
+def test_long_texts_are_encoded_in_pieces_that_do_not_show(
+    tokenizers: dict[str, Tokenizer], which: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real text, runs of blanks and lines, odd characters; pieces of a few hundred characters."""
+    rng, tokenizer = random.Random(seed), tokenizers[which]
+    lines = Path(__file__).read_text("utf-8").splitlines(keepends=True)
+    odd = ["\n", "\n\n", "  \n", "\t\n", "\r\n", "    ", "ab\n12345\n", "字\n字", "🙂\n!", "\n?\n"]
+    for _ in range(20):
+        text = "".join(rng.choice(rng.choice((lines, odd))) for _ in range(rng.randint(1, 300)))
+        whole = tokenizer.encode(text)
+        for piece in (65, rng.randint(66, 500)):
+            monkeypatch.setattr("overleap.chat.tokenizer.PIECE", piece)
+            assert tokenizer.encode(text) == whole
+        monkeypatch.undo()
+
+
 def test_a_cut_character_waits_and_ends_in_one_replacement(tokenizer: Tokenizer) -> None:
     # A character of the supplementary private area: no vocabulary holds it whole.
     ids = tokenizer.encode("a\U0010fffd")
