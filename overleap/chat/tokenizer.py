@@ -157,7 +157,7 @@ class Tokenizer:
                 continue
             start = 0
             while start < len(text):
-                pieces = []
+                pieces: list[str] = []
                 while start < len(text) and len(pieces) < BATCH:
                     end = self._cut(text, start)
                     pieces.append(text[start:end])

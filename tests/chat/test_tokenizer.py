@@ -77,6 +77,7 @@ def test_streaming_any_ids_equals_decoding_them(tokenizer: Tokenizer, seed: int)
             )
 
 
+@pytest.mark.parametrize("which", ["small", "released"])
 def test_long_texts_are_encoded_in_pieces_that_do_not_show(
     tokenizers: dict[str, Tokenizer], which: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
