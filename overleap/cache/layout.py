@@ -10,6 +10,7 @@ from enum import StrEnum
 from overleap.config import RATIO_OF_KIND, LayerKind, ModelConfig
 
 PAGE_TOKENS = 128  # lcm(4, 128): a page ends where both compressors have just emitted
+SNAPSHOT_TOKENS = 4096  # while a prompt is read, a snapshot is kept this often
 REWIND_TOKENS = 8  # how far a sequence may move back: rings hold this many rows more
 KV_GROUP = 64  # e4m3 values that share one ue8m0 scale in a cache entry
 KEY_GROUP = 32  # e2m1 values that share one e8m0 scale in an indexer key

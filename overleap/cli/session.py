@@ -185,7 +185,9 @@ def open_session(
     screen.note(
         f"predicted peak memory {size(fits.peak_bytes)}: {size(fits.resident_bytes - second)} "
         f"now, {size(fits.cache_bytes)} cache for {tokens:,} tokens, "
-        f"{size(fits.scratch_bytes)} scratch" + f", {size(second)} to verify" * room.verify
+        f"{size(fits.kept_bytes)} snapshots and ids, {size(fits.scratch_bytes)} scratch"
+        + f", {size(second)} to verify"
+        * room.verify
     )
     engine = Engine(
         model,
@@ -193,6 +195,7 @@ def open_session(
         slots=fits.slots,
         format=form,
         chunk_tokens=fits.chunk_tokens,
+        snapshot_bytes=fits.snapshot_bytes,
         model_digest=digest,
         disk=disk,
     )

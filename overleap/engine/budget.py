@@ -12,6 +12,9 @@ from overleap.config import ModelConfig
 from overleap.errors import CapacityError
 
 CHUNKS = (512, 256, 128, 64)  # tokens of a step, the largest that fits is taken
+SNAPSHOT_BYTES = 256 * 2**20  # that an engine keeps of snapshots at most, if not told otherwise
+LEAST_SNAPSHOTS = 4  # ends of prompt and answer, a branch, and one that is being taken
+ID_BYTES = 24  # of a token's id: in the caller's list, in the request, in what the engine runs
 SPARE_PAGES = 2  # for the page a new answer opens while a kept prefix still holds its own
 
 
@@ -19,22 +22,26 @@ SPARE_PAGES = 2  # for the page a new answer opens while a kept prefix still hol
 class Budget:
     """A run that fits.
 
-    pages, slots, chunk_tokens  for the engine
-    resident_bytes              the process as it is now, weights read so far included
-    cache_bytes, scratch_bytes  what it will take beside that
+    pages, slots, chunk_tokens, snapshot_bytes  for the engine
+    resident_bytes  the process as it is now, weights read so far included
+    cache_bytes     of pages and slots
+    kept_bytes      of snapshots and the text's ids
+    scratch_bytes   of temporaries, whatever the context
     """
 
     pages: int
     slots: int
     chunk_tokens: int
+    snapshot_bytes: int
     resident_bytes: int
     cache_bytes: int
+    kept_bytes: int
     scratch_bytes: int
 
     @property
     def peak_bytes(self) -> int:
         """Predicted peak of resident memory."""
-        return self.resident_bytes + self.cache_bytes + self.scratch_bytes
+        return self.resident_bytes + self.cache_bytes + self.kept_bytes + self.scratch_bytes
 
 
 def budget(
@@ -45,11 +52,13 @@ def budget(
     memory_bytes: int | None = None,
     slots: int = 2,
     resident_bytes: int | None = None,
+    kept: bool = True,
 ) -> Budget:
     """Room for one text of `tokens` tokens within memory_bytes, or within what is free.
 
     memory_bytes    for the whole process; None: what it has now and what is free
     resident_bytes  the process as it is now; measured when not given
+    kept            an engine will keep ids, and snapshots for later requests (fewer if tight)
     Raises CapacityError naming the largest context that fits.
     """
     now = machine.resident_bytes() if resident_bytes is None else resident_bytes
@@ -59,15 +68,24 @@ def budget(
     fixed = slots * layout.slot_bytes(config, cache_format).total
     page = layout.page_bytes(config, cache_format)
     pages = layout.pages_for(tokens) + SPARE_PAGES
+    snapshot = layout.snapshot_bytes(config, cache_format)
+    fewest = LEAST_SNAPSHOTS * snapshot * kept
+    often = fewest + tokens // layout.SNAPSHOT_TOKENS * snapshot * kept
+    id_bytes = ID_BYTES * kept
     for chunk in CHUNKS:
         scratch = layout.scratch_bytes(config, chunk)
-        found = Budget(pages, slots, chunk, now, fixed + pages * page, scratch)
-        if found.peak_bytes <= memory_bytes:
-            return found
-    least = now + fixed + layout.scratch_bytes(config, CHUNKS[-1])
-    largest = max(0, (memory_bytes - least) // page - SPARE_PAGES) * PAGE_TOKENS
+        for snapshots in (max(fewest, min(often, SNAPSHOT_BYTES)), fewest):
+            beside, cache = snapshots + id_bytes * tokens, fixed + pages * page
+            found = Budget(pages, slots, chunk, snapshots, now, cache, beside, scratch)
+            if found.peak_bytes <= memory_bytes:
+                return found
+    least = now + fixed + fewest + layout.scratch_bytes(config, CHUNKS[-1])
+    page_and_ids = page + id_bytes * PAGE_TOKENS
+    spare = memory_bytes - least - SPARE_PAGES * page
+    largest = max(0, spare // page_and_ids) * PAGE_TOKENS
+    needed = least + pages * page + id_bytes * tokens
     raise CapacityError(
-        f"a context of {tokens} tokens needs {machine.size(least + pages * page)} of memory "
+        f"a context of {tokens} tokens needs {machine.size(needed)} of memory "
         f"({machine.size(pages * page)} of cache), {machine.size(memory_bytes)} may be used",
         f"a context of {largest} tokens fits" if largest else "no context fits beside the weights",
     )

@@ -18,7 +18,7 @@ from overleap.cache.prefix import Chain, PrefixCache, common_pages
 from overleap.cache.state import Cache
 from overleap.engine import request as border
 from overleap.engine import runner
-from overleap.engine.budget import pages_in
+from overleap.engine.budget import SNAPSHOT_BYTES, pages_in
 from overleap.engine.gate import Mode
 from overleap.engine.request import (
     Completion,
@@ -38,8 +38,6 @@ from overleap.engine.speculate import Speculator
 from overleap.errors import BackendError, CapacityError, ConfigError, OverleapError, RequestError
 from overleap.machine import peak_resident_bytes
 from overleap.model.transformer import Transformer
-
-SNAPSHOT_TOKENS = 4096  # while reading, a snapshot is kept this often
 
 
 class Engine:
@@ -69,7 +67,7 @@ class Engine:
         slots: int = 8,
         format: CacheFormat = CacheFormat.RELEASE,
         chunk_tokens: int = 512,
-        snapshot_bytes: int = 256 * 2**20,
+        snapshot_bytes: int = SNAPSHOT_BYTES,
         speculate: Mode = "auto",
         model_digest: str = "",
         disk: DiskTier | None = None,
@@ -372,7 +370,7 @@ def _marks(prompt_tokens: int, branches: tuple[int, ...]) -> set[int]:
 
     A prompt of whole pages also gets one at its end, for prompts that go on from there.
     """
-    marks = set(range(SNAPSHOT_TOKENS, prompt_tokens, SNAPSHOT_TOKENS))
+    marks = set(range(layout.SNAPSHOT_TOKENS, prompt_tokens, layout.SNAPSHOT_TOKENS))
     late = (prompt_tokens - 1, prompt_tokens, *(n for n in branches if n <= prompt_tokens))
     marks |= {n // PAGE_TOKENS * PAGE_TOKENS for n in late}
     return marks - {0}

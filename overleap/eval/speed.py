@@ -233,6 +233,7 @@ def _refuse_what_does_not_fit(
         memory_bytes=machine.resident_bytes() + free,
         slots=SLOTS,
         resident_bytes=base_bytes + beside,
+        kept=False,
     )
 
 

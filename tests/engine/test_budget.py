@@ -22,7 +22,7 @@ def test_a_million_tokens_of_flash_take_under_eight_gigabytes_beside_the_weights
     assert found.peak_bytes < 8 * GIB
 
 
-def test_the_chunk_shrinks_before_anything_is_refused() -> None:
+def test_snapshots_then_the_chunk_shrink_before_anything_is_refused() -> None:
     roomy = budget(FLASH, 4096, CacheFormat.RELEASE, memory_bytes=64 * GIB, resident_bytes=0)
     tight = budget(
         FLASH,
@@ -31,8 +31,16 @@ def test_the_chunk_shrinks_before_anything_is_refused() -> None:
         memory_bytes=roomy.peak_bytes - 1,
         resident_bytes=0,
     )
-    assert roomy.chunk_tokens == CHUNKS[0]
-    assert tight.chunk_tokens == CHUNKS[1]
+    assert roomy.chunk_tokens == tight.chunk_tokens == CHUNKS[0]
+    assert tight.snapshot_bytes == 4 * layout.snapshot_bytes(FLASH, CacheFormat.RELEASE)
+    tighter = budget(
+        FLASH,
+        4096,
+        CacheFormat.RELEASE,
+        memory_bytes=tight.peak_bytes - 1,
+        resident_bytes=0,
+    )
+    assert tighter.chunk_tokens == CHUNKS[1]
 
 
 @pytest.mark.parametrize("form", CacheFormat)

@@ -319,7 +319,7 @@ def test_a_chunk_that_ends_on_a_page_is_no_reason_for_a_snapshot(seed: int) -> N
 def test_snapshots_are_kept_now_and_then_while_reading(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "SNAPSHOT_TOKENS", 256)
+    monkeypatch.setattr(room.layout, "SNAPSHOT_TOKENS", 256)
     engine, _ = make(chunk_tokens=1000)
     prompt = text(seed, 1000)
     engine.generate(greedy(prompt))
