@@ -19,6 +19,6 @@ def ops() -> Mapping[str, Callable[..., Any]]:
             f"the native kernels are not there ({error})",
             "install a C++ compiler and Python's headers, then `pip install` overleap again",
         ) from None
-    from overleap.kernels.cpu import attention, linear, rows
+    from overleap.kernels.cpu import attention, linear, rows, sequences, streams
 
-    return {**linear.OPS, **attention.OPS, **rows.OPS}
+    return {**linear.OPS, **attention.OPS, **rows.OPS, **streams.OPS, **sequences.OPS}

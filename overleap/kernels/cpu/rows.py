@@ -1,9 +1,194 @@
-"""Native ops on single rows: norms, rotation, cache rows, compression, routing, streams.
+"""Native ops on single rows: norms, rotation, Hadamard, cache rows, the choice of experts.
 
-Not here: arithmetic (src/kernel_rows.cpp, src/kernel_streams.cpp).
+Not here: the arithmetic (src/kernel_rows.cpp, kernel_quantize.cpp, kernel_pooling.cpp).
+Read next: streams.py, sequences.py.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-OPS: dict[str, Callable[..., Any]] = {}
+import torch
+from torch import Tensor
+
+from overleap.cache.layout import CacheFormat, entry_bytes, key_bytes
+from overleap.errors import BackendError
+from overleap.kernels.cpu import _native
+from overleap.kernels.cpu.linear import matmul
+from overleap.kernels.spec import RowFormat, Weight
+
+FLOAT = {torch.float32: 0, torch.bfloat16: 1}
+MOST_ROTARY, MOST_HADAMARD = 512, 4096  # as in src/rows.h
+
+
+def plain(x: Tensor) -> Tensor:
+    """x without gaps. BackendError where a gradient would be lost."""
+    if x.requires_grad:
+        raise BackendError(
+            "the native kernels carry no gradients", 'train with select("torch") or TrainingOps'
+        )
+    return x.contiguous()
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """See spec.Ops.rms_norm."""
+    x = plain(x)
+    width, out = x.shape[-1], torch.empty_like(x)
+    _native.rms_norm(
+        x.data_ptr(),
+        FLOAT[x.dtype],
+        x.numel() // width,
+        width,
+        *_weight(weight, width),
+        eps,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _weight(weight: Tensor | None, width: int) -> tuple[int, int]:
+    """Address and type."""
+    if weight is None:
+        return 0, 0
+    assert weight.is_contiguous() and weight.shape[0] == width
+    return weight.data_ptr(), FLOAT[weight.dtype]
+
+
+def norm_rope(
+    x: Tensor, weight: Tensor | None, eps: float, position: Tensor, frequency: Tensor
+) -> Tensor:
+    """See spec.Ops.norm_rope."""
+    x = plain(x)
+    out, position = torch.empty_like(x), position.contiguous()
+    _native.norm_rope(
+        x.data_ptr(),
+        FLOAT[x.dtype],
+        *_heads(x, position),
+        *_weight(weight, x.shape[-1]),
+        eps,
+        position.data_ptr(),
+        *_frequency(frequency, x.shape[-1]),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def rotate(x: Tensor, position: Tensor, frequency: Tensor, inverse: bool) -> Tensor:
+    """See spec.Ops.rotate."""
+    x = plain(x)
+    out, position = torch.empty_like(x), position.contiguous()
+    _native.rotate(
+        x.data_ptr(),
+        FLOAT[x.dtype],
+        *_heads(x, position),
+        position.data_ptr(),
+        *_frequency(frequency, x.shape[-1]),
+        inverse,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _heads(x: Tensor, position: Tensor) -> tuple[int, int, int]:
+    """Rows, rows a token, width."""
+    shape = x.shape
+    assert position.dtype is torch.int64 and position.shape[0] == shape[0]
+    heads = shape[1] if len(shape) == 3 else 1
+    return shape[0] * heads, heads, shape[-1]
+
+
+def _frequency(frequency: Tensor, width: int) -> tuple[int, int]:
+    """Address and rotary dims."""
+    rotary = 2 * frequency.shape[0]
+    assert frequency.dtype is torch.float32 and frequency.is_contiguous()
+    assert rotary <= min(width, MOST_ROTARY), f"{rotary} rotary dims of {width}"
+    return frequency.data_ptr(), rotary
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """See spec.Ops.hadamard."""
+    x = plain(x)
+    width, out = x.shape[-1], torch.empty_like(x)
+    assert width & (width - 1) == 0 and width <= MOST_HADAMARD
+    _native.hadamard(
+        x.data_ptr(),
+        FLOAT[x.dtype],
+        x.numel() // width,
+        width,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def quantize(x: Tensor, row: RowFormat) -> Tensor:
+    """See spec.Ops.quantize."""
+    x = plain(x)
+    if row.kind == "wide":
+        return x.float()
+    width, is_key = row.width, row.kind == "key"
+    assert x.shape[-1] == width and (width % 2 == 0 or not is_key)
+    if is_key:
+        size = key_bytes(width, CacheFormat.RELEASE)
+    else:
+        size = entry_bytes(width, row.rope, CacheFormat.RELEASE)
+    out = torch.empty((*x.shape[:-1], size), dtype=torch.uint8)
+    _native.quantize(
+        x.data_ptr(),
+        FLOAT[x.dtype],
+        x.numel() // width,
+        width,
+        is_key,
+        row.rope,
+        size,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def route(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    fixed_TX: Tensor | None,
+    k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See spec.Ops.route."""
+    if weight.dtype is torch.float32:
+        x = x.float()
+    logit = matmul(x, Weight(weight), False, wide=True)
+    tokens, experts = logit.shape
+    if fixed_TX is None:
+        ids = torch.empty((tokens, k), dtype=torch.int64)
+    else:
+        ids, k = fixed_TX.contiguous(), fixed_TX.shape[1]
+    assert ids.dtype is torch.int64 and k <= experts
+    assert bias is None or (bias.dtype is torch.float32 and bias.is_contiguous())
+    share = torch.empty((tokens, k), dtype=torch.float32)
+    _native.route(
+        logit.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if fixed_TX is None else ids.data_ptr(),
+        tokens,
+        experts,
+        k,
+        scale,
+        ids.data_ptr(),
+        share.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return ids, share
+
+
+OPS: dict[str, Callable[..., Any]] = {
+    "rms_norm": rms_norm,
+    "norm_rope": norm_rope,
+    "rotate": rotate,
+    "hadamard": hadamard,
+    "quantize": quantize,
+    "route": route,
+}

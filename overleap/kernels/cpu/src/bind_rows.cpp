@@ -1,7 +1,150 @@
+// What ../rows.py, ../streams.py and ../sequences.py call; and the two ops that only copy bytes.
 #include "bind.h"
 
-namespace overleap {
+#include <nanobind/stl/vector.h>
 
-void bind_rows(nanobind::module_&) {}
+#include <cstring>
+
+#include "rows.h"
+
+namespace overleap {
+namespace {
+
+using Numbers = std::vector<int64_t>;
+
+Rows rows(Address x, int type, int64_t count, int64_t heads, int64_t width, Address out,
+          int threads) {
+    return {at<void>(x), static_cast<Float>(type), count, heads, width, at<void>(out), threads};
+}
+
+Norm norm(Address weight, int type, float eps) {
+    return {at<void>(weight), static_cast<Float>(type), eps};
+}
+
+Turn turn(Address position, Address frequency, int64_t rotary, bool inverse) {
+    return {at<int64_t>(position), at<float>(frequency), rotary, inverse};
+}
+
+void bind_norms(nanobind::module_& m) {
+    m.def(
+        "rms_norm",
+        [](Address x, int type, int64_t count, int64_t width, Address weight, int weight_type,
+           float eps, Address out, int threads) {
+            Rows r = rows(x, type, count, 1, width, out, threads);
+            OVERLEAP_CALL(rms_norm)(r, norm(weight, weight_type, eps));
+        },
+        Unlocked());
+    m.def(
+        "norm_rope",
+        [](Address x, int type, int64_t count, int64_t heads, int64_t width, Address weight,
+           int weight_type, float eps, Address position, Address frequency, int64_t rotary,
+           Address out, int threads) {
+            Rows r = rows(x, type, count, heads, width, out, threads);
+            Turn t = turn(position, frequency, rotary, false);
+            OVERLEAP_CALL(norm_rope)(r, norm(weight, weight_type, eps), t);
+        },
+        Unlocked());
+    m.def(
+        "rotate",
+        [](Address x, int type, int64_t count, int64_t heads, int64_t width, Address position,
+           Address frequency, int64_t rotary, bool inverse, Address out, int threads) {
+            Rows r = rows(x, type, count, heads, width, out, threads);
+            OVERLEAP_CALL(rotate)(r, turn(position, frequency, rotary, inverse));
+        },
+        Unlocked());
+    m.def(
+        "hadamard",
+        [](Address x, int type, int64_t count, int64_t width, Address out, int threads) {
+            OVERLEAP_CALL(hadamard)(rows(x, type, count, 1, width, out, threads));
+        },
+        Unlocked());
+    m.def(
+        "quantize",
+        [](Address x, int type, int64_t count, int64_t width, bool key, int64_t rotary,
+           int64_t bytes, Address out, int threads) {
+            Rows r = rows(x, type, count, 1, width, out, threads);
+            OVERLEAP_CALL(quantize)(r, Packing{key, rotary, bytes});
+        },
+        Unlocked());
+    m.def(
+        "route",
+        [](Address logit, Address bias, Address fixed, int64_t tokens, int64_t experts, int64_t k,
+           float scale, Address ids, Address weight, int threads) {
+            Routing r{at<float>(logit), at<float>(bias), at<int64_t>(fixed), tokens, experts, k,
+                      scale, at<int64_t>(ids), at<float>(weight), threads};
+            OVERLEAP_CALL(route)(r);
+        },
+        Unlocked());
+}
+
+void bind_streams(nanobind::module_& m) {
+    m.def(
+        "collapse",
+        [](Address x, int type, int64_t tokens, int64_t streams, int64_t width, Address fn,
+           Address base, Address scale, int64_t iterations, float eps, float norm_eps, Address y,
+           Address post, Address comb, int threads) {
+            Collapse c{at<void>(x), static_cast<Float>(type), tokens, streams, width,
+                       at<float>(fn), at<float>(base), at<float>(scale), iterations, eps,
+                       norm_eps, at<void>(y), at<float>(post), at<float>(comb), threads};
+            OVERLEAP_CALL(collapse)(c);
+        },
+        Unlocked());
+    m.def(
+        "spread",
+        [](Address y, Address x, int type, int64_t tokens, int64_t streams, int64_t width,
+           Address post, Address comb, Address out, int threads) {
+            Spread s{at<void>(y), at<void>(x), static_cast<Float>(type), tokens, streams, width,
+                     at<float>(post), at<float>(comb), at<void>(out), threads};
+            OVERLEAP_CALL(spread)(s);
+        },
+        Unlocked());
+}
+
+void window_write(Address ring, int64_t capacity, int64_t bytes, Address rows,
+                  const Numbers& start, const Numbers& count, const Numbers& slot) {
+    const uint8_t* row = at<uint8_t>(rows);
+    for (size_t b = 0; b < start.size(); b++) {
+        uint8_t* own = at<uint8_t>(ring) + slot[b] * capacity * bytes;
+        for (int64_t t = count[b] > capacity ? count[b] - capacity : 0; t < count[b]; t++)
+            std::memcpy(own + (start[b] + t) % capacity * bytes, row + t * bytes, bytes);
+        row += count[b] * bytes;
+    }
+}
+
+void page_write(Address pool, int64_t per_page, int64_t bytes, Address rows, Address table,
+                int64_t table_width, int64_t ratio, const Numbers& start, const Numbers& count) {
+    const uint8_t* row = at<uint8_t>(rows);
+    for (size_t b = 0; b < start.size(); b++) {
+        const int64_t* page = at<int64_t>(table) + static_cast<int64_t>(b) * table_width;
+        const int64_t last = (start[b] + count[b]) / ratio;
+        for (int64_t e = start[b] / ratio; e < last; e++, row += bytes) {
+            int64_t to = page[e / per_page] * per_page + e % per_page;
+            std::memcpy(at<uint8_t>(pool) + to * bytes, row, bytes);
+        }
+    }
+}
+
+void bind_sequences(nanobind::module_& m) {
+    m.def("window_write", window_write, Unlocked());
+    m.def("page_write", page_write, Unlocked());
+    m.def(
+        "compress",
+        [](Address fresh, Address tail, Address ape, int64_t width, int64_t capacity,
+           int64_t ratio, bool overlapped, const Numbers& start, const Numbers& count,
+           const Numbers& slot, Address out, int threads) {
+            Pooling p{at<float>(fresh), at<float>(tail), at<float>(ape), width, capacity, ratio,
+                      overlapped, {start, count, slot}, at<float>(out), threads};
+            OVERLEAP_CALL(compress)(p);
+        },
+        Unlocked());
+}
+
+}  // namespace
+
+void bind_rows(nanobind::module_& m) {
+    bind_norms(m);
+    bind_streams(m);
+    bind_sequences(m);
+}
 
 }  // namespace overleap

@@ -1,0 +1,154 @@
+// Norms, rotation and the Hadamard transform of rows. Sums run over a row in an order that its
+// width alone decides. Read next: kernels/torch/linear.py (the definition), kernel_quantize.cpp.
+#include "rows.h"
+#include "threads.h"
+#include "typed.h"
+
+namespace overleap::OVERLEAP_ISA {
+namespace {
+
+// Cosine and sine for every rotary dim of one position; sines carry the sign of their dim.
+struct Angles {
+    float cos[kMostRotary], sin[kMostRotary];
+};
+
+// In double: an angle of a million radians keeps every bit of a float's sine. Plain loops, which
+// the compiler turns into vectors without changing a bit.
+void set(Angles& a, const Turn& t, int64_t position) {
+    const int64_t pairs = t.rotary / 2;
+    constexpr double magic = 0x1.8p52;               // adding it rounds to a whole number
+    constexpr double high = 0x1.921fb544p0;          // pi / 2 in 33 bits: exact times 20 bits
+    constexpr double low = 0x1.0b4611a626331p-34;    // the rest of it
+    float cosine[kMostRotary / 2], sine[kMostRotary / 2];
+    for (int64_t i = 0; i < pairs; i++) {
+        double angle = static_cast<float>(position) * t.frequency[i];
+        double turns = (angle * 0x1.45f306dc9c883p-1 + magic) - magic;
+        double x = (angle - turns * high) - turns * low, y = x * x;
+        double s = -1.0 / 39916800, c = -1.0 / 3628800;
+        s = s * y + 1.0 / 362880, c = c * y + 1.0 / 40320;
+        s = s * y - 1.0 / 5040, c = c * y - 1.0 / 720;
+        s = s * y + 1.0 / 120, c = c * y + 1.0 / 24;
+        s = s * y - 1.0 / 6, c = c * y - 0.5;
+        s = s * y * x + x, c = c * y + 1.0;
+        int32_t quarter = static_cast<int32_t>(turns);
+        double sin = quarter & 1 ? c : s, cos = quarter & 1 ? s : c;
+        sine[i] = static_cast<float>(quarter & 2 ? -sin : sin);
+        cosine[i] = static_cast<float>((quarter + 1) & 2 ? -cos : cos);
+    }
+    for (int64_t i = 0; i < pairs; i++) {
+        float sin = t.inverse ? -sine[i] : sine[i];
+        a.cos[2 * i] = a.cos[2 * i + 1] = cosine[i];
+        a.sin[2 * i] = -sin, a.sin[2 * i + 1] = sin;
+    }
+}
+
+template <class E>
+float inverse_rms(const E* x, int64_t n, float eps) {
+    vf sums[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * W <= n; i += 4 * W)
+        for (int j = 0; j < 4; j++) {
+            vf v = load(x + i + j * W);
+            sums[j] = fma(v, v, sums[j]);
+        }
+    vectors(n - i, [&](int64_t j, auto lanes) {
+        vf v = lanes.read(x + i + j);
+        sums[0] = fma(v, v, sums[0]);
+    });
+    float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    return 1.0f / std::sqrt(total / static_cast<float>(n) + eps);
+}
+
+// value(v, i, lanes), made for each row from its address, is what is rotated and stored.
+template <class E, class Make>
+void rotated_rows(const Rows& r, const Turn& t, const Make& make) {
+    const int64_t plain = r.width - t.rotary;
+    parallel_ranges(r.threads, r.count, r.grain(), [&](int64_t first, int64_t last) {
+        Angles angles;
+        int64_t token = -1;
+        for (int64_t row = first; row < last; row++) {
+            if (t.rotary && row / r.heads != token)
+                token = row / r.heads, set(angles, t, t.position[token]);
+            const E* x = static_cast<const E*>(r.x) + row * r.width;
+            E* out = static_cast<E*>(r.out) + row * r.width;
+            auto value = make(x);
+            vectors(plain, [&](int64_t i, auto lanes) {
+                lanes.write(out + i, value(lanes.read(x + i), i, lanes));
+            });
+            vectors(t.rotary, [&](int64_t i, auto lanes) {
+                vf v = value(lanes.read(x + plain + i), plain + i, lanes);
+                vf turned = exchanged(v, 1) * lanes.read(angles.sin + i);
+                lanes.write(out + plain + i, fma(v, lanes.read(angles.cos + i), turned));
+            });
+        }
+    });
+}
+
+// weigh(v, i, lanes) multiplies by the weights, where there are any.
+template <class Body>
+void weighted(const Norm& n, const Body& body) {
+    if (!n.weight) return body([](vf v, int64_t, auto) { return v; });
+    typed(n.weight_type, [&](auto e) {
+        auto* weight = static_cast<const decltype(e)*>(n.weight);
+        body([=](vf v, int64_t i, auto lanes) { return v * lanes.read(weight + i); });
+    });
+}
+
+template <class E>
+void hadamard_row(const E* x, E* out, int64_t n) {
+    alignas(64) float row[kMostHadamard + W];
+    const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(n)));
+    vectors(n, [&](int64_t i, auto lanes) {
+        vf v = lanes.read(x + i);
+        for (int half = 1; half < W && half < n; half *= 2) {
+            vf sign;
+            for (int lane = 0; lane < W; lane++) sign[lane] = lane & half ? -1.0f : 1.0f;
+            v = exchanged(v, half) + v * sign;
+        }
+        store(row + i, v);
+    });
+    for (int64_t half = W; half < n; half *= 2)
+        for (int64_t block = 0; block < n; block += 2 * half)
+            for (int64_t i = block; i < block + half; i += W) {
+                vf low = load(row + i), high = load(row + i + half);
+                store(row + i, low + high);
+                store(row + i + half, low - high);
+            }
+    vectors(n, [&](int64_t i, auto lanes) { lanes.write(out + i, load(row + i) * scale); });
+}
+
+}  // namespace
+
+void norm_rope(const Rows& r, const Norm& n, const Turn& t) {
+    typed(r.type, [&](auto e) {
+        using E = decltype(e);
+        weighted(n, [&](auto weigh) {
+            rotated_rows<E>(r, t, [&](const E* x) {
+                float factor = inverse_rms(x, r.width, n.eps);
+                return [=](vf v, int64_t i, auto lanes) { return weigh(v * factor, i, lanes); };
+            });
+        });
+    });
+}
+
+void rms_norm(const Rows& r, const Norm& n) { norm_rope(r, n, Turn{}); }
+
+void rotate(const Rows& r, const Turn& t) {
+    typed(r.type, [&](auto e) {
+        using E = decltype(e);
+        rotated_rows<E>(r, t, [](const E*) { return [](vf v, int64_t, auto) { return v; }; });
+    });
+}
+
+void hadamard(const Rows& r) {
+    typed(r.type, [&](auto e) {
+        using E = decltype(e);
+        parallel_ranges(r.threads, r.count, r.grain(), [&](int64_t first, int64_t last) {
+            for (int64_t row = first; row < last; row++)
+                hadamard_row(static_cast<const E*>(r.x) + row * r.width,
+                             static_cast<E*>(r.out) + row * r.width, r.width);
+        });
+    });
+}
+
+}  // namespace overleap::OVERLEAP_ISA
