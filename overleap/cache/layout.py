@@ -162,8 +162,11 @@ def cache_bytes(config: ModelConfig, tokens: int, cache_format: CacheFormat) -> 
     )
 
 
-def scratch_bytes(config: ModelConfig, chunk_tokens: int) -> int:
-    """Temporaries of one step of `chunk_tokens` tokens, whatever the context (torch backend).
+def scratch_bytes(config: ModelConfig, chunk_tokens: int, native: bool = False) -> int:
+    """Temporaries of one step of `chunk_tokens` tokens, whatever the context.
+
+    native  every op is served by the native kernels, which neither decode a whole linear nor make
+            tiles of more than a core's cache holds
 
     Per token, in float32: the streams while they are mixed (old, rows to mix, new), the queries
     on their way through norm, rotation and the running softmax, the indexer's queries, and the
@@ -174,9 +177,12 @@ def scratch_bytes(config: ModelConfig, chunk_tokens: int) -> int:
     queries = 6 * config.num_attention_heads * config.head_dim
     index = 4 * config.index_n_heads * config.index_head_dim
     inner = 4 * (config.num_experts_per_tok + 1) * config.moe_intermediate_size
+    each = 4 * chunk_tokens * (streams + queries + index + inner)
+    if native:
+        return each
     decoded = 0
     if config.quantization_config is not None:
         wide = config.num_attention_heads * config.head_dim
         groups = config.o_groups * config.o_lora_rank
         decoded = 3 * max(wide * config.q_lora_rank, groups * config.hidden_size)
-    return 4 * (chunk_tokens * (streams + queries + index + inner) + decoded) + 6 * TILE_BYTES
+    return each + 4 * decoded + 6 * TILE_BYTES

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from overleap.errors import CheckpointError, DialectError, RequestError
 
-PIECE, NEAR = 2**16, 64  # characters: encoded at a time, looked at around a cut
-BATCH = 4  # pieces that the library may encode side by side
+PIECE, NEAR = 2**15, 64  # characters: encoded at a time, looked at around a cut
+BATCH = 2  # pieces that the library may encode side by side
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"

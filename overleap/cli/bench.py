@@ -123,6 +123,7 @@ def _speed(
 ) -> None:
     """Read one text up to each depth, and write a little there; again with every backend."""
     from overleap.eval.speed import Speed, ladder, open_model, rows_of, speed
+    from overleap.kernels import native
 
     form = cache_format_of(settings["cache"])
     depths = depth or (None if to is None else ladder(to))
@@ -138,6 +139,7 @@ def _speed(
                 chunk_tokens=settings["chunk_tokens"],
                 format=form,
                 seed=settings["seed"],
+                native=native(backend),
                 progress=bar,
             )
         del built  # before the next one is opened

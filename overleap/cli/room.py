@@ -97,10 +97,12 @@ class Room:
         tokens: int,
         resident_bytes: int | None = None,
         text_bytes: int = 0,
+        native: bool = False,
     ) -> Budget:
         """Room for a text of `tokens` tokens; its resident_bytes include second_bytes.
 
         resident_bytes  of the process when the engine is made; as it is now if not given
+        native          as for layout.scratch_bytes
         text_bytes      that will come on top for each token, minded in that largest context
         Raises CapacityError naming the largest context that fits.
         """
@@ -116,6 +118,7 @@ class Room:
                 tokens,
                 self.cache_format,
                 memory_bytes=limit,
+                native=native,
                 resident_bytes=before + text_bytes * tokens + self.second_bytes(config, tokens),
             )
 
@@ -140,11 +143,11 @@ class Room:
         """
         config = front.config
         try:
-            self.fit(config, tokens, LEAST_RESIDENT)
+            self.fit(config, tokens, LEAST_RESIDENT, native=True)
         except CapacityError:
             # Its numbers leave out weights and text. They belong into what a person is told.
             weights = GROWTH[self.cache_format] * front.weight_bytes
-            self.fit(config, tokens, USUAL_RESIDENT + weights, text_bytes)
+            self.fit(config, tokens, USUAL_RESIDENT + weights, text_bytes, native=True)
             raise
         if tokens > config.max_position_embeddings:
             raise RequestError(

@@ -174,6 +174,7 @@ def open_session(
     from overleap.checkpoint import load
     from overleap.checkpoint.manifest import read_manifest
     from overleap.engine.engine import Engine
+    from overleap.kernels import native
 
     form = room.cache_format
     with screen.bar("verifying weights", "B") as bar:
@@ -181,7 +182,8 @@ def open_session(
     manifest = read_manifest(front.folder)
     digest = "" if manifest is None else manifest.digest
     disk = None if keeping is None else open_disk(context, digest, keeping)
-    fits, second = room.fit(model.config, tokens), room.second_bytes(model.config, tokens)
+    fits = room.fit(model.config, tokens, native=native())
+    second = room.second_bytes(model.config, tokens)
     screen.note(
         f"predicted peak memory {size(fits.peak_bytes)}: {size(fits.resident_bytes - second)} "
         f"now, {size(fits.cache_bytes)} cache for {tokens:,} tokens, "

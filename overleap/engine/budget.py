@@ -53,12 +53,14 @@ def budget(
     slots: int = 2,
     resident_bytes: int | None = None,
     kept: bool = True,
+    native: bool = False,
 ) -> Budget:
     """Room for one text of `tokens` tokens within memory_bytes, or within what is free.
 
     memory_bytes    for the whole process; None: what it has now and what is free
     resident_bytes  the process as it is now; measured when not given
     kept            an engine will keep ids, and snapshots for later requests (fewer if tight)
+    native          as for layout.scratch_bytes
     Raises CapacityError naming the largest context that fits.
     """
     now = machine.resident_bytes() if resident_bytes is None else resident_bytes
@@ -73,13 +75,13 @@ def budget(
     often = fewest + tokens // layout.SNAPSHOT_TOKENS * snapshot * kept
     id_bytes = ID_BYTES * kept
     for chunk in CHUNKS:
-        scratch = layout.scratch_bytes(config, chunk)
+        scratch = layout.scratch_bytes(config, chunk, native)
         for snapshots in (max(fewest, min(often, SNAPSHOT_BYTES)), fewest):
             beside, cache = snapshots + id_bytes * tokens, fixed + pages * page
             found = Budget(pages, slots, chunk, snapshots, now, cache, beside, scratch)
             if found.peak_bytes <= memory_bytes:
                 return found
-    least = now + fixed + fewest + layout.scratch_bytes(config, CHUNKS[-1])
+    least = now + fixed + fewest + layout.scratch_bytes(config, CHUNKS[-1], native)
     page_and_ids = page + id_bytes * PAGE_TOKENS
     spare = memory_bytes - least - SPARE_PAGES * page
     largest = max(0, spare // page_and_ids) * PAGE_TOKENS

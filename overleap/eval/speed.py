@@ -136,6 +136,7 @@ def speed(
     chunk_tokens: int = 512,
     format: CacheFormat = CacheFormat.RELEASE,
     seed: int = 0,
+    native: bool = False,
     progress: Counted | None = None,
 ) -> list[Speed]:
     """Read one random text up to each depth in turn; at each, write on a fork of it.
@@ -146,6 +147,7 @@ def speed(
     depths         tokens, in any order; None: the usual ones that the model has
     decode_tokens  steps to take the median of
     chunk_tokens   tokens of a prefill step at most
+    native         what the model's ops are, as for layout.scratch_bytes
     progress       called with tokens read and tokens in all
     Raises RequestError for depths the model cannot have, CapacityError for one that does not fit.
     """
@@ -160,7 +162,7 @@ def speed(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(config.vocab_size, (depths[-1],), generator=generator)
     base = _base_bytes(model)
-    scratch = layout.scratch_bytes(config, chunk_tokens)
+    scratch = layout.scratch_bytes(config, chunk_tokens, native)
     _refuse_what_does_not_fit(config, depths, decode_tokens, scratch, base, format)
     _warm_up(model, ids[:WARM_UP_TOKENS].tolist(), format)
     reading = _Reading(model, ids, chunk_tokens, format, progress)
@@ -221,7 +223,7 @@ def _refuse_what_does_not_fit(
     free = machine.free_bytes()
     if free is None:
         return
-    beside = max(0, scratch_bytes - layout.scratch_bytes(config, CHUNKS[-1]))
+    beside = max(0, scratch_bytes - layout.scratch_bytes(config, CHUNKS[-1], True))
     if len(depths) > 1:
         pages = pages_for(depths[-2] + decode_tokens) + SPARE_PAGES
         slots = SLOTS * layout.slot_bytes(config, format).total
@@ -234,6 +236,7 @@ def _refuse_what_does_not_fit(
         slots=SLOTS,
         resident_bytes=base_bytes + beside,
         kept=False,
+        native=True,
     )
 
 

@@ -49,6 +49,11 @@ def table(wanted: str = "auto", device: str = "cpu") -> list[Served]:
     return _decide(wanted, device)[1]
 
 
+def native(wanted: str = "auto", device: str = "cpu") -> bool:
+    """Whether select() asked the same leaves nothing to the definition in torch."""
+    return all(row.backend != DEFINITION for row in table(wanted, device))
+
+
 def _decide(wanted: str, device: str) -> tuple[dict[str, Any], list[Served]]:
     line = PREFERRED.get(device, ()) if wanted == "auto" else (wanted,)
     found: dict[str, Any] = {}
