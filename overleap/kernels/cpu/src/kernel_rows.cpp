@@ -77,7 +77,7 @@ void rotated_rows(const Rows& r, const Turn& t, const Make& make) {
             });
             vectors(t.rotary, [&](int64_t i, auto lanes) {
                 vf v = value(lanes.read(x + plain + i), plain + i, lanes);
-                vf turned = exchanged(v, 1) * lanes.read(angles.sin + i);
+                vf turned = exchanged<1>(v) * lanes.read(angles.sin + i);
                 lanes.write(out + plain + i, fma(v, lanes.read(angles.cos + i), turned));
             });
         }
@@ -94,17 +94,25 @@ void weighted(const Norm& n, const Body& body) {
     });
 }
 
+// The stages of a transform of n values that stay within a vector, from Half on.
+template <int Half>
+vf butterflies(vf v, int64_t n) {
+    if constexpr (Half < W) {
+        if (Half >= n) return v;
+        vf sign;
+        for (int lane = 0; lane < W; lane++) sign[lane] = lane & Half ? -1.0f : 1.0f;
+        return butterflies<2 * Half>(fma(v, sign, exchanged<Half>(v)), n);
+    }
+    return v;
+}
+
 template <class E>
 void hadamard_row(const E* x, E* out, int64_t n) {
     alignas(64) float row[kMostHadamard + W];
     const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(n)));
     vectors(n, [&](int64_t i, auto lanes) {
         vf v = lanes.read(x + i);
-        for (int half = 1; half < W && half < n; half *= 2) {
-            vf sign;
-            for (int lane = 0; lane < W; lane++) sign[lane] = lane & half ? -1.0f : 1.0f;
-            v = exchanged(v, half) + v * sign;
-        }
+        v = butterflies<1>(v, n);
         store(row + i, v);
     });
     for (int64_t half = W; half < n; half *= 2)

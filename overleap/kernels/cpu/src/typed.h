@@ -36,10 +36,11 @@ static inline void vectors(int64_t n, const Body& body) {
     if (i < n) body(i, Part{static_cast<int>(n - i)});
 }
 
-// Every lane takes that of number (own ^ step).
-static inline vf exchanged(vf v, int step) {
+// Every lane takes that of number (own ^ Step).
+template <int Step>
+static inline vf exchanged(vf v) {
     vi from;
-    for (int i = 0; i < W; i++) from[i] = i ^ step;
+    for (int i = 0; i < W; i++) from[i] = i ^ Step;
     return __builtin_shuffle(v, from);
 }
 
