@@ -40,16 +40,24 @@ def peak_resident_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere else
 
 
-def forget_peak(proc: Path = Path("/proc")) -> None:
-    """Hand freed memory back and let the peak start again from what is resident now (Linux).
+def trim() -> None:
+    """Hand freed memory back to the system.
 
-    Where the system cannot, the peak stays the most there ever was.
+    glibc keeps freed blocks below 32 MiB for itself, and a small block that lives long, like a
+    snapshot, makes it take new memory beside them. Other C libraries have no such call.
     """
     import ctypes
 
-    # glibc keeps freed blocks below 32 MiB for itself; other C libraries have no such call.
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def forget_peak(proc: Path = Path("/proc")) -> None:
+    """Trim, and let the peak start again from what is resident now (Linux).
+
+    Where the system cannot, the peak stays the most there ever was.
+    """
+    trim()
     with suppress(OSError):
         (proc / "self" / "clear_refs").write_text("5", "ascii")
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from overleap import machine
 from overleap.cache import layout
 from overleap.cache.disk import DiskTier
 from overleap.cache.layout import PAGE_TOKENS, CacheFormat
@@ -36,7 +37,6 @@ from overleap.engine.run import Run
 from overleap.engine.scheduler import Job, Part, Place, Scheduler
 from overleap.engine.speculate import Speculator
 from overleap.errors import BackendError, CapacityError, ConfigError, OverleapError, RequestError
-from overleap.machine import peak_resident_bytes
 from overleap.model.transformer import Transformer
 
 
@@ -288,6 +288,7 @@ class Engine:
         if reading and run.job.done in run.job.marks:
             self._prefix.keep(run.chain, run.sequence.pages, run.turn)
             run.turn = None
+            machine.trim()
 
     def _finish(
         self,
@@ -340,7 +341,7 @@ class Engine:
             cache_bytes=held,
             peak_cache_bytes=max(self._peak, held),
             allocated_bytes=self._cache.allocated_bytes,
-            peak_process_bytes=peak_resident_bytes(),
+            peak_process_bytes=machine.peak_resident_bytes(),
             speculation=self._speculator.stats(),
             disk=self._prefix.disk_stats(),
         )

@@ -5,7 +5,6 @@ Read next: overleap/kernels/cpu/attention.py, overleap/kernels/conformance/seque
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import cast
@@ -19,40 +18,13 @@ from overleap.kernels.conformance import conform
 from overleap.kernels.conformance.draw import KEY, KEY_SHORT, KV, KV_SHORT, WIDE, Draw
 from overleap.kernels.spec import Ops, Pool, RowFormat, Spans
 from overleap.kernels.torch.attention import window_write
+from tests.kernels.native import cuts as slices
+from tests.kernels.native import isa
+from tests.kernels.native import threads as threads_set
 
-native = pytest.importorskip(
-    "overleap.kernels.cpu._native", reason="the native kernels were not built", exc_type=ImportError
-)
-from overleap.kernels.cpu.attention import OPS, attend, index_topk  # noqa: E402
+from overleap.kernels.cpu.attention import OPS, attend, index_topk  # isort: skip (needs native)
 
-
-def present() -> list[str]:
-    """Instruction sets of this machine."""
-    best, found = native.isa(), []
-    for name in ("portable", "avx2", "avx512"):
-        try:
-            native.set_isa(name)
-            found.append(name)
-        except ValueError:
-            pass
-    native.set_isa(best)
-    return found
-
-
-@pytest.fixture(params=present())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    best = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(best)
-
-
-@contextmanager
-def threads_set(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["isa"]
 
 
 @pytest.fixture(params=(1, 2))
@@ -63,8 +35,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 def cuts(chooser: random.Random, tokens: int) -> list[int]:
     """Borders 0 < .. < tokens of random pieces, ends included."""
-    inner = chooser.sample(range(1, tokens), min(tokens - 1, chooser.randrange(6)))
-    return [0, *sorted(inner), tokens]
+    return [0, *(piece.stop for piece in slices(tokens, chooser))]
 
 
 def part_of(spans: Spans, low: int, high: int) -> Spans:

@@ -36,4 +36,17 @@ static inline float e8m0(uint8_t code) {
     return f;
 }
 
+typedef uint8_t vb __attribute__((vector_size(W)));
+
+static inline vu widen(const uint8_t* p) {
+    vb bytes;
+    std::memcpy(&bytes, p, sizeof bytes);
+    return __builtin_convertvector(bytes, vu);
+}
+
+static inline vf e8m0(vu code) {
+    vu bits = code == 0u ? 0x400000u - vu{} : code << 23;
+    return reinterpret_cast<vf>(code == 255u ? 0x7fc00000u - vu{} : bits);
+}
+
 }  // namespace overleap::OVERLEAP_ISA

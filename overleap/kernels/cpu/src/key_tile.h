@@ -4,6 +4,7 @@
 // kernel_index.cpp.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "attention.h"
@@ -51,9 +52,12 @@ class KeyTile {
     void fill(const Pages& keys, int64_t sequence, int64_t first, int count) {
         for (int at = 0; at < count; at += W) {
             const uint8_t* row[W];
-            for (int i = 0; i < W; i++) {
-                int64_t number = first + (at + i < count ? at + i : count - 1);
-                row[i] = keys.entry(sequence, number);
+            if (at + W <= count && (first + at) % keys.per_page + W <= keys.per_page) {
+                const uint8_t* base = keys.entry(sequence, first + at);
+                for (int i = 0; i < W; i++) row[i] = base + i * layout_.bytes;
+            } else {
+                for (int i = 0; i < W; i++)
+                    row[i] = keys.entry(sequence, first + std::min(at + i, count - 1));
             }
             if (layout_.kind == RowKind::key) packed(row, at / W);
             else wide(row, at / W);
@@ -72,7 +76,9 @@ class KeyTile {
         float* scale = scales_.data() + vector * groups_ * W;
         for (int64_t g = 0; g < groups_; g++, out += kGroupSteps * 4 * W, scale += W) {
             packed_group(row, g, out);
-            for (int i = 0; i < W; i++) scale[i] = e8m0(row[i][layout_.width / 2 + g]);
+            uint8_t code[W];
+            for (int i = 0; i < W; i++) code[i] = row[i][layout_.width / 2 + g];
+            store(scale, e8m0(widen(code)));
         }
     }
 

@@ -151,14 +151,6 @@ static inline bool decode_fp4_fast(const uint8_t* code, uint8_t scale, bf16* out
 
 #endif
 
-typedef uint8_t vb __attribute__((vector_size(W)));
-
-static inline vu widen(const uint8_t* p) {
-    vb bytes;
-    std::memcpy(&bytes, p, sizeof bytes);
-    return __builtin_convertvector(bytes, vu);
-}
-
 static inline int64_t decode_fp8_fast(const uint8_t* code, int64_t n, uint8_t scale, float* out) {
     const float factor = e8m0(scale) * 0x1p100f;  // of 2^120; the rest below, so that it is finite
     if (scale > 127 + 27 || scale < 127 - 100) return 0;
