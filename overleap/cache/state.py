@@ -4,6 +4,7 @@ The absolute position is the only clock: ring rows are found by position, so a r
 cursor. Read next: model/attention.py (who writes), prefix.py (who keeps snapshots).
 """
 
+import mmap
 from dataclasses import dataclass, field
 
 import torch
@@ -186,7 +187,12 @@ class Cache:
             if layer.tail is not None and layer.index_tail is not None:
                 at = overlap.to(self.device) % layer.tail.shape[1]
                 tails.append((layer.tail[sequence.slot, at], layer.index_tail[sequence.slot, at]))
-        return Snapshot(sequence.length, windows, tuple(tails))
+        block = _Block(self.device, [*windows, *(part for tail in tails for part in tail)])
+        return Snapshot(
+            sequence.length,
+            tuple(block.take(rows) for rows in windows),
+            tuple((block.take(main), block.take(index)) for main, index in tails),
+        )
 
     def restore(self, snapshot: Snapshot, pages: list[int]) -> Sequence:
         """A sequence that continues at the snapshot, sharing these pages (all before it)."""
@@ -218,3 +224,29 @@ class Cache:
     def allocated_bytes(self) -> int:
         """Bytes of all pools and all slots, in use or not."""
         return self.pool.nbytes + self.slots * layout.slot_bytes(self.config, self.format).total
+
+
+class _Block:
+    """Memory of its own for the parts of a snapshot, outside of the heap on a CPU.
+
+    A small block that lives long, between the large ones of a step that do not, keeps them from
+    being used again as a whole: the heap would grow with every snapshot.
+    """
+
+    def __init__(self, device: torch.device, parts: list[Tensor]) -> None:
+        self._at, self._room = 0, None
+        if device.type == "cpu":
+            room = mmap.mmap(-1, max(1, sum(map(_aligned, parts))))
+            self._room = torch.frombuffer(room, dtype=torch.uint8)
+
+    def take(self, part: Tensor) -> Tensor:
+        """A copy of the part in the block; elsewhere the part itself, which nobody else has."""
+        if self._room is None:
+            return part
+        here = self._room[self._at : self._at + part.nbytes].view(part.dtype).view(part.shape)
+        self._at += _aligned(part)
+        return here.copy_(part)
+
+
+def _aligned(part: Tensor) -> int:
+    return -(-part.nbytes // 64) * 64

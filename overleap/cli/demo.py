@@ -91,6 +91,7 @@ def _ask(session: Session, planted: Any) -> tuple[list[Any], list[dict[str, Any]
         answers.append(Answer(fact, reply, completion.finish.usage))
         check = session.verified(request, completion)
         checks += [] if check is None else [check]
+        del prompt, request, completion  # before the next ones are made: a text of any length
     return answers, checks
 
 

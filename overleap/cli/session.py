@@ -187,7 +187,7 @@ def open_session(
     screen.note(
         f"predicted peak memory {size(fits.peak_bytes)}: {size(fits.resident_bytes - second)} "
         f"now, {size(fits.cache_bytes)} cache for {tokens:,} tokens, "
-        f"{size(fits.kept_bytes)} snapshots and ids, {size(fits.scratch_bytes)} scratch"
+        f"{size(fits.kept_bytes)} snapshots and text, {size(fits.scratch_bytes)} scratch"
         + f", {size(second)} to verify"
         * room.verify
     )

@@ -14,7 +14,7 @@ from overleap.errors import CapacityError
 CHUNKS = (512, 256, 128, 64)  # tokens of a step, the largest that fits is taken
 SNAPSHOT_BYTES = 256 * 2**20  # that an engine keeps of snapshots at most, if not told otherwise
 LEAST_SNAPSHOTS = 4  # ends of prompt and answer, a branch, and one that is being taken
-ID_BYTES = 24  # of a token's id: in the caller's list, in the request, in what the engine runs
+TEXT_BYTES = 48  # of a token: its id in three lists on the way to the engine, its characters twice
 SPARE_PAGES = 2  # for the page a new answer opens while a kept prefix still holds its own
 
 
@@ -25,7 +25,7 @@ class Budget:
     pages, slots, chunk_tokens, snapshot_bytes  for the engine
     resident_bytes  the process as it is now, weights read so far included
     cache_bytes     of pages and slots
-    kept_bytes      of snapshots and the text's ids
+    kept_bytes      of snapshots, and of the text as characters and ids
     scratch_bytes   of temporaries, whatever the context
     """
 
@@ -73,19 +73,19 @@ def budget(
     snapshot = layout.snapshot_bytes(config, cache_format)
     fewest = LEAST_SNAPSHOTS * snapshot * kept
     often = fewest + tokens // layout.SNAPSHOT_TOKENS * snapshot * kept
-    id_bytes = ID_BYTES * kept
+    text_bytes = TEXT_BYTES * kept
     for chunk in CHUNKS:
         scratch = layout.scratch_bytes(config, chunk, native)
         for snapshots in (max(fewest, min(often, SNAPSHOT_BYTES)), fewest):
-            beside, cache = snapshots + id_bytes * tokens, fixed + pages * page
+            beside, cache = snapshots + text_bytes * tokens, fixed + pages * page
             found = Budget(pages, slots, chunk, snapshots, now, cache, beside, scratch)
             if found.peak_bytes <= memory_bytes:
                 return found
     least = now + fixed + fewest + layout.scratch_bytes(config, CHUNKS[-1], native)
-    page_and_ids = page + id_bytes * PAGE_TOKENS
+    page_and_text = page + text_bytes * PAGE_TOKENS
     spare = memory_bytes - least - SPARE_PAGES * page
-    largest = max(0, spare // page_and_ids) * PAGE_TOKENS
-    needed = least + pages * page + id_bytes * tokens
+    largest = max(0, spare // page_and_text) * PAGE_TOKENS
+    needed = least + pages * page + text_bytes * tokens
     raise CapacityError(
         f"a context of {tokens} tokens needs {machine.size(needed)} of memory "
         f"({machine.size(pages * page)} of cache), {machine.size(memory_bytes)} may be used",
