@@ -48,12 +48,14 @@ static inline void copy_rope(const uint8_t* stored, int64_t n, bf16* out) {
 }
 
 static inline void copy_rope(const uint8_t* stored, int64_t n, float* out) {
-    for (int64_t i = 0; i < n; i += W) {
-        int count = static_cast<int>(std::min<int64_t>(W, n - i));
-        bf16 few[W] = {};  // what is stored is not aligned
-        std::memcpy(few, stored + 2 * i, 2 * static_cast<size_t>(count));
-        store_part(out + i, load(few), count);
+    bf16 few[W] = {};  // what is stored is not aligned
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+        std::memcpy(few, stored + 2 * i, sizeof few);
+        store(out + i, load(few));
     }
+    std::memcpy(few, stored + 2 * i, 2 * static_cast<size_t>(n - i));
+    store_part(out + i, load(few), static_cast<int>(n - i));
 }
 
 template <class E>
