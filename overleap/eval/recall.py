@@ -1,16 +1,12 @@
-"""Reading comprehension: a long document with planted facts, and what the model answers.
+"""Reading comprehension: a long document with planted facts, and whether an answer is right.
 
-Not here: the facts themselves (needle.py). Used by `overleap demo` and by the training room.
+Not here: the facts themselves (needle.py), asking about them (`overleap demo`).
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from overleap.chat.dialects import ask_prompt
-from overleap.chat.profiles import Profile
 from overleap.chat.tokenizer import Tokenizer
-from overleap.engine.engine import Engine
-from overleap.engine.request import Progress, Request, Sampling, Token, Usage
+from overleap.engine.request import Usage
 from overleap.errors import RequestError
 from overleap.eval.needle import Fact, Planted, plant, stdlib_text
 
@@ -60,31 +56,3 @@ def _first(tokenizer: Tokenizer, text: str, tokens: int) -> str:
         if have == tokens:
             return "".join(pieces)
     raise RequestError(f"the standard library has {have} tokens, {tokens} are needed")
-
-
-def questions(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    profile: Profile,
-    planted: Planted,
-    progress: Callable[[Progress], None] | None = None,
-) -> Iterator[Answer]:
-    """Ask about every fact, greedily, each in a prompt of its own that repeats the document.
-
-    progress  called while a prompt is being read; the document is read once and found again
-    """
-    for fact in planted.facts:
-        prompt = ask_prompt(planted.text.rstrip(), fact.question, profile)
-        sampling = Sampling(temperature=0, max_tokens=ANSWER_TOKENS)
-        request = Request(prompt=tokenizer.encode_prompt(prompt), sampling=sampling)
-        handle = engine.submit(request)
-        ids = []
-        for event in engine.stream(handle):
-            if isinstance(event, Progress) and progress is not None:
-                progress(event)
-            elif isinstance(event, Token):
-                ids.append(event.id)
-        assert handle.finish is not None
-        if handle.finish.error is not None:
-            raise handle.finish.error
-        yield Answer(fact, tokenizer.decode(ids).strip(), handle.finish.usage)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overleap.errors import BackendError
 from overleap.kernels.cpu import _native
+from overleap.kernels.cpu.linear import plain
 from overleap.kernels.spec import Pool, Spans
 
 _KIND = {"kv": 0, "key": 1, "wide": 2}
@@ -63,10 +63,7 @@ def attend(
     """See spec.Ops.attend. Chosen entries count in the order of their numbers, so that naming every
     visible entry gives the bits of naming none."""
     tokens, heads, width = q_THK.shape
-    if q_THK.requires_grad or fresh_T.requires_grad:
-        raise BackendError(
-            "the native kernels carry no gradients", 'train with select("torch") or TrainingOps'
-        )
+    q_THK, fresh_T = plain(q_THK), plain(fresh_T)
     row, table = ring.format, spans.table_BP
     pages = entries.rows if entries is not None and ratio else None
     assert width == row.width and window <= ring.per_page and ring.rows.is_contiguous()
@@ -74,7 +71,6 @@ def attend(
     if pages is not None:
         assert entries is not None and entries.format == row and pages.is_contiguous()
     assert sink_H.dtype is torch.float32 and sink_H.is_contiguous()
-    q_THK, fresh_T = q_THK.contiguous(), fresh_T.contiguous()
     if chosen_Tk is not None:
         assert chosen_Tk.dtype is torch.int64
         chosen_Tk = chosen_Tk.contiguous()

@@ -14,8 +14,17 @@ from overleap.errors import BackendError
 from overleap.kernels.cpu import _native
 from overleap.kernels.spec import Experts, Weight
 
-_FLOAT = {torch.float32: 0, torch.bfloat16: 1}
+FLOAT = {torch.float32: 0, torch.bfloat16: 1}
 _FORM = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.int8: 3}
+
+
+def plain(x: Tensor) -> Tensor:
+    """x without gaps. BackendError where a gradient would be lost."""
+    if x.requires_grad:
+        raise BackendError(
+            "the native kernels carry no gradients", 'train with select("torch") or TrainingOps'
+        )
+    return x.contiguous()
 
 
 def matmul(x: Tensor, weight: Weight, round_input: bool, wide: bool = False) -> Tensor:
@@ -39,12 +48,11 @@ def grouped_matmul(x_TGI: Tensor, weight: Weight) -> Tensor:
 def _product(
     x: Tensor, weight: Weight, groups: int, outputs: int, inputs: int, rounds: bool, out: Tensor
 ) -> None:
-    _no_gradient(x)
-    x, data, scale = x.contiguous(), weight.data, weight.scale
+    x, data, scale = plain(x), weight.data, weight.scale
     assert data.is_contiguous() and (scale is None or scale.is_contiguous())
     _native.product(
         x.data_ptr(),
-        _FLOAT[x.dtype],
+        FLOAT[x.dtype],
         x.shape[0],
         groups,
         data.data_ptr(),
@@ -54,16 +62,9 @@ def _product(
         inputs,
         rounds,
         out.data_ptr(),
-        _FLOAT[out.dtype],
+        FLOAT[out.dtype],
         torch.get_num_threads(),
     )
-
-
-def _no_gradient(x: Tensor) -> None:
-    if x.requires_grad:
-        raise BackendError(
-            "the native kernels carry no gradients", 'train with select("torch") or TrainingOps'
-        )
 
 
 def experts(
@@ -75,14 +76,13 @@ def experts(
     round_input: bool,
 ) -> Tensor:
     """See spec.Ops.experts."""
-    _no_gradient(x_TD)
-    x, ids, weight = x_TD.contiguous(), ids_TX.contiguous(), weight_TX.contiguous()
+    x, ids, weight = plain(x_TD), ids_TX.contiguous(), weight_TX.contiguous()
     first = experts.w1[0].data
     assert ids.dtype is torch.int64 and weight.dtype is torch.float32
     out = torch.empty_like(x)
     _native.mixture(
         x.data_ptr(),
-        _FLOAT[x.dtype],
+        FLOAT[x.dtype],
         *x.shape,
         first.shape[0],
         ids.shape[1],

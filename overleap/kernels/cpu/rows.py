@@ -11,22 +11,11 @@ import torch
 from torch import Tensor
 
 from overleap.cache.layout import CacheFormat, entry_bytes, key_bytes
-from overleap.errors import BackendError
 from overleap.kernels.cpu import _native
-from overleap.kernels.cpu.linear import matmul
+from overleap.kernels.cpu.linear import FLOAT, matmul, plain
 from overleap.kernels.spec import RowFormat, Weight
 
-FLOAT = {torch.float32: 0, torch.bfloat16: 1}
 MOST_ROTARY, MOST_HADAMARD = 512, 4096  # as in src/rows.h
-
-
-def plain(x: Tensor) -> Tensor:
-    """x without gaps. BackendError where a gradient would be lost."""
-    if x.requires_grad:
-        raise BackendError(
-            "the native kernels carry no gradients", 'train with select("torch") or TrainingOps'
-        )
-    return x.contiguous()
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

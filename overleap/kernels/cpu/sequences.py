@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from overleap.kernels.cpu import _native
-from overleap.kernels.cpu.rows import plain
+from overleap.kernels.cpu.linear import plain
 from overleap.kernels.spec import Pool, Spans
 
 MOST_POOLED = 256  # as in src/rows.h

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from overleap.kernels.cpu import _native
-from overleap.kernels.cpu.rows import FLOAT, plain
+from overleap.kernels.cpu.linear import FLOAT, plain
 
 MOST_STREAMS = 8  # as in src/rows.h
 
