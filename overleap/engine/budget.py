@@ -84,7 +84,10 @@ def budget(
     least = now + fixed + fewest + layout.scratch_bytes(config, CHUNKS[-1], native)
     page_and_text = page + text_bytes * PAGE_TOKENS
     spare = memory_bytes - least - SPARE_PAGES * page
-    largest = max(0, spare // page_and_text) * PAGE_TOKENS
+    whole, rest = divmod(max(0, spare), page_and_text)
+    # The last page need not be full: what its text would take may go to a page begun.
+    begun = (rest - page) // text_bytes if text_bytes and rest > page else 0
+    largest = whole * PAGE_TOKENS + begun
     needed = least + pages * page + text_bytes * tokens
     raise CapacityError(
         f"a context of {tokens} tokens needs {machine.size(needed)} of memory "
