@@ -2,21 +2,23 @@
 
 A backend is a folder beside this file, or another package's module named by the entry point group
 `overleap.kernels`; its function `ops()` returns the ops it has by name, or raises BackendError.
-`torch` is the definition and has every op on every torch device. Read next: spec.py.
+`torch` is the definition and has every fine op on every torch device; coarse ops that a backend
+lacks are composed of the fine ones (composed.py). Read next: spec.py.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 from overleap.errors import BackendError
-from overleap.kernels.spec import OP_NAMES, Ops
+from overleap.kernels.composed import Assembled
+from overleap.kernels.spec import COARSE, OP_NAMES, Ops
 
 OWN = {"cpu": "overleap.kernels.cpu", "torch": "overleap.kernels.torch"}
 DEFINITION = "torch"
+COMPOSED = "fine ops"  # serve a coarse op that no backend in line has
 PREFERRED = {"cpu": ("cpu",)}  # by type of device; what these lack, the definition serves
 
 
@@ -41,7 +43,7 @@ def select(wanted: str = "auto", device: str = "cpu") -> Ops:
     definition serves; `table` says so.
     """
     found, _ = _decide(wanted, device)
-    return cast(Ops, SimpleNamespace(**found))
+    return Assembled(found)  # type: ignore[abstract]  # fine ops are attributes
 
 
 def table(wanted: str = "auto", device: str = "cpu") -> list[Served]:
@@ -58,7 +60,7 @@ def _decide(wanted: str, device: str) -> tuple[dict[str, Any], list[Served]]:
     line = PREFERRED.get(device, ()) if wanted == "auto" else (wanted,)
     found: dict[str, Any] = {}
     why = dict.fromkeys(OP_NAMES, "")
-    who = dict.fromkeys(OP_NAMES, DEFINITION)
+    who = {op: COMPOSED if op in COARSE else DEFINITION for op in OP_NAMES}
     for name in line:
         try:
             having = _ops_of(name)

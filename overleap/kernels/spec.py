@@ -57,6 +57,42 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Joint:
+    """Linears of one input whose results lie side by side.
+
+    weights      in order
+    round_input  the input is rounded to e4m3 in groups of 128 first
+    wide         the result is f32 whatever the input is
+    """
+
+    weights: tuple[Weight, ...]
+    round_input: bool
+    wide: bool = False
+
+    @cached_property
+    def outputs(self) -> int:
+        """Width of the result."""
+        return sum(weight.data.shape[0] for weight in self.weights)
+
+    @cached_property
+    def table(self) -> Tensor:
+        """For native code, i64 [weights, 5]: address of the data, of the scale (0 for none), type
+        of the elements (0 f32, 1 bf16, 2 e4m3, 3 e2m1), rows, whether the input is rounded."""
+        types = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.int8: 3}
+        rows = [
+            (
+                w.data.data_ptr(),
+                0 if w.scale is None else w.scale.data_ptr(),
+                types[w.data.dtype],
+                w.data.shape[0],
+                self.round_input,
+            )
+            for w in self.weights
+        ]
+        return torch.tensor(rows, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
 class RowFormat:
     """How a cache row is kept.
 
@@ -142,7 +178,10 @@ class Spans:
 
 
 class Ops(Protocol):
-    """Every op. Float inputs may be f32 or bf16; results have the dtype of the first tensor
+    """Every op: first the fine ones, which a backend has or the definition serves, then the coarse
+    ones (from `project` on), which composed.py makes of the fine ones where a backend has none.
+
+    Float inputs may be f32 or bf16; results have the dtype of the first tensor
     argument unless the docstring says f32. Accumulation is f32. Nothing is written but what an
     op named *_write says.
     """
@@ -320,5 +359,86 @@ class Ops(Protocol):
         """Stream k becomes post[k] y + sum over j of comb[j, k] x[j] (eq. 1) -> [T, M, D]."""
         ...
 
+    # Coarse ops: what a layer calls. Their results are those of the fine ops in turn.
+
+    def project(
+        self, x: Tensor, parts: tuple[Joint, ...], norm: Tensor | None = None, eps: float = 0.0
+    ) -> tuple[Tensor, ...]:
+        """Several linears of one input, perhaps of its rms_norm: [T, K] -> [T, outputs] a part.
+
+        norm  [K], weight of an rms_norm before the products; None for none
+        """
+        ...
+
+    def project_back(self, o_TGI: Tensor, inner: Weight, outer: Joint) -> Tensor:
+        """The grouped output projection: grouped_matmul with `inner`, then `outer` -> [T, D]."""
+        ...
+
+    def norm_rope_quantize(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        eps: float | None,
+        position: Tensor,
+        frequency: Tensor,
+        mixed: bool,
+        row: RowFormat,
+    ) -> Tensor:
+        """norm_rope, then hadamard where `mixed`, then quantize; without the norm for eps None."""
+        ...
+
+    def compress_write(
+        self, rows_T2W: Tensor, tail: Tensor, ape: Tensor, ratio: int, spans: Spans
+    ) -> Tensor:
+        """compress, then window_write of the rows into the tail. -> the entries completed, f32."""
+        ...
+
+    def attend_write(
+        self,
+        q_THK: Tensor,
+        fresh_T: Tensor,
+        ring: Pool,
+        entries: Pool | None,
+        chosen_Tk: Tensor | None,
+        ratio: int,
+        sink_H: Tensor,
+        scale: float,
+        window: int,
+        spans: Spans,
+        frequency: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """attend, the inverse rotation of its result, and window_write of fresh_T into the ring."""
+        ...
+
+    def mixture(
+        self,
+        x_TD: Tensor,
+        ids_TX: Tensor,
+        weight_TX: Tensor,
+        routed: Experts,
+        shared: Experts,
+        limit: float,
+    ) -> Tensor:
+        """The chosen experts with their weights plus the shared ones with weight 1 -> [T, D].
+
+        Inputs are rounded where the experts are packed. The sum is rounded once.
+        """
+        ...
+
+    def hc_pre_norm(
+        self,
+        x_TMD: Tensor,
+        fn: Tensor,
+        base: Tensor,
+        scale: Tensor,
+        iterations: int,
+        eps: float,
+        norm_eps: float,
+        norm: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """hc_pre, and rms_norm of its y with weight norm [D] and norm_eps."""
+        ...
+
 
 OP_NAMES = tuple(name for name in vars(Ops) if not name.startswith("_"))
+COARSE = OP_NAMES[OP_NAMES.index("project") :]

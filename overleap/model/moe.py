@@ -1,6 +1,6 @@
 """Mixture of experts: hash or score routing, routed experts and the shared one.
 
-Report section 2.1. Arithmetic is in kernels/ (`route`, `experts`).
+Report section 2.1. Arithmetic is in kernels/ (`route`, `mixture`).
 """
 
 from functools import cached_property
@@ -69,11 +69,4 @@ class MoE(nn.Module):
     def forward(self, x_TD: Tensor, ids_T: Tensor) -> Tensor:
         """Routed experts plus the shared expert."""
         chosen_TX, weight_TX = self.route(x_TD, ids_T)
-        routed, shared = self.stored
-        every, only = (experts.w1[0].packed for experts in (routed, shared))
-        out = self.ops.experts(x_TD, chosen_TX, weight_TX, routed, self.limit, every)
-        # The shared expert is the only one of a mixture that every token chooses with weight 1.
-        tokens, device = x_TD.shape[0], x_TD.device
-        first = torch.zeros((tokens, 1), dtype=torch.int64, device=device)
-        whole = torch.ones((tokens, 1), device=device)
-        return out + self.ops.experts(x_TD, first, whole, shared, self.limit, only)
+        return self.ops.mixture(x_TD, chosen_TX, weight_TX, *self.stored, self.limit)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from overleap.kernels.composed import Composed
 from overleap.kernels.spec import Experts, Pool, RowFormat, Spans, Weight
 from overleap.kernels.torch import hyper, linear, quant
 
@@ -32,7 +33,7 @@ class Seen:
     routing: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
 
 
-class TrainingOps:
+class TrainingOps(Composed):
     """See the file header. `seen` is filled by forward; take() empties it.
 
     rounding    round cache rows and indexer queries as the release cache does (straight-through)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from overleap.errors import BackendError
 from overleap.kernels import select
+from overleap.kernels.composed import Assembled
 from overleap.kernels.conformance import RULES, Verdict, conform, op_names
 from overleap.kernels.conformance.exact import index_scores, nearest, scale_of
 from overleap.kernels.spec import Ops, Pool
@@ -26,7 +27,7 @@ GOOD = select("torch")
 
 def altered(name: str, op: Any) -> Ops:
     """The definition with one op replaced."""
-    return cast(Ops, SimpleNamespace(**(vars(GOOD) | {name: op})))
+    return Assembled(vars(GOOD) | {name: op})
 
 
 def test_every_op_of_the_contract_has_cases_and_a_rule() -> None:

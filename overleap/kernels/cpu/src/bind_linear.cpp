@@ -26,23 +26,41 @@ void call_product(Address x, int x_type, int64_t tokens, int64_t groups, Address
     OVERLEAP_CALL(product)(p);
 }
 
-// Results one after the other: their addresses, types, and how many of the weights share each.
+// `tables` of the parts, how many weights each has, and where their results go.
 void call_project(Address x, int x_type, int64_t tokens, int64_t columns, Address norm,
-                  int norm_type, float eps, Address table, const std::vector<Address>& out,
-                  const std::vector<int>& out_type, const std::vector<int>& shared, int threads) {
+                  int norm_type, float eps, const std::vector<Address>& tables,
+                  const std::vector<int>& counts, const std::vector<Address>& out,
+                  const std::vector<int>& out_type, int threads) {
     Product p{at<void>(x), static_cast<Float>(x_type), tokens, 1, columns, at<void>(norm),
               static_cast<Float>(norm_type), eps, {}, threads};
-    const Entry* entry = at<Entry>(table);
     for (size_t i = 0; i < out.size(); i++) {
-        int64_t width = 0, offset = 0;
-        for (int j = 0; j < shared[i]; j++) width += entry[j].rows;
+        const Entry* entry = at<Entry>(tables[i]);
         const auto type = static_cast<Float>(out_type[i]);
-        for (int j = 0; j < shared[i]; j++, offset += entry->rows, entry++) {
+        int64_t width = 0, offset = 0;
+        for (int j = 0; j < counts[i]; j++) width += entry[j].rows;
+        for (int j = 0; j < counts[i]; j++) {
             void* to = at<uint8_t>(out[i]) + offset * (type == Float::bf16 ? 2 : 4);
-            p.linears.push_back({stored(*entry, columns), entry->round_input != 0, to, type, width});
+            p.linears.push_back(
+                {stored(entry[j], columns), entry[j].round_input != 0, to, type, width});
+            offset += entry[j].rows;
         }
     }
     OVERLEAP_CALL(product)(p);
+}
+
+void call_project_back(Address x, int x_type, int64_t tokens, int64_t groups, Address data,
+                       Address scale, int form, int64_t rows, int64_t columns, Address outer,
+                       Address out, int out_type, int threads) {
+    const auto type = static_cast<Float>(x_type);
+    std::vector<uint8_t> latent(static_cast<size_t>(tokens * rows * (type == Float::bf16 ? 2 : 4)));
+    Stored weight{at<void>(data), at<uint8_t>(scale), static_cast<Form>(form), rows, columns};
+    OVERLEAP_CALL(product)(Product{at<void>(x), type, tokens, groups, columns, nullptr, Float::f32,
+                                   0, {{weight, false, latent.data(), type, rows}}, threads});
+    const Entry& entry = *at<Entry>(outer);
+    Linear last{stored(entry, rows), entry.round_input != 0, at<void>(out),
+                static_cast<Float>(out_type), entry.rows};
+    OVERLEAP_CALL(product)(Product{latent.data(), type, tokens, 1, rows, nullptr, Float::f32, 0,
+                                   {last}, threads});
 }
 
 void call_mixture(Address x, int type, int64_t tokens, int64_t width, int64_t chosen, Address ids,
@@ -63,6 +81,7 @@ void call_mixture(Address x, int type, int64_t tokens, int64_t width, int64_t ch
 void bind_linear(nanobind::module_& m) {
     m.def("product", call_product, Unlocked());
     m.def("project", call_project, Unlocked());
+    m.def("project_back", call_project_back, Unlocked());
     m.def("mixture", call_mixture, Unlocked());
 }
 
