@@ -143,6 +143,40 @@ def test_draws_do_not_change_between_releases() -> None:
     ]
 
 
+def test_tokens_do_not_change_between_releases(ops: Ops) -> None:
+    """Nor the tokens that they choose: what the first release drew for these rows."""
+    token, row = torch.arange(1003), torch.arange(6)[:, None]
+    logits_RV = (token * token * 37 + row * 1009) % 401 / 50 - 4
+    tried = [
+        (Sampling(), 404),
+        (Sampling(temperature=0.7), 149),
+        (Sampling(temperature=1.8, top_k=50), 199),
+        (Sampling(top_p=0.8), 821),
+        (Sampling(min_p=0.05), 361),
+        (Sampling(temperature=1.3, top_k=200, top_p=0.9, min_p=0.02), 633),
+    ]
+    for index, (sampling, chosen) in enumerate(tried):
+        assert sample(logits_RV[index], Draw(sampling, 77, index), ops).id == chosen
+
+
+def test_only_allowed_tokens_are_chosen(seed: int, ops: Ops) -> None:
+    """Bit id % 8 of byte id // 8; the log-probabilities stay those of the whole row."""
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(seed))
+    allowed = bytearray(38)
+    for token in (7, 8, 299):
+        allowed[token // 8] |= 1 << token % 8
+    best = max((7, 8, 299), key=lambda token: float(logits[token]))
+    greedy = sample(logits, Draw(Sampling(temperature=0, logprobs=2), 0, 0), ops, bytes(allowed))
+    assert greedy.id == best
+    free = sample(logits, Draw(Sampling(temperature=0, logprobs=2), 0, 0), ops)
+    assert greedy.top_logprobs == free.top_logprobs
+    for n in range(50):
+        drawn = sample(logits, Draw(Sampling(temperature=3), seed, n), ops, bytes(allowed))
+        assert drawn.id in (7, 8, 299)
+    with pytest.raises(BackendError, match="no token that is allowed as token 4"):
+        sample(logits, Draw(Sampling(), 0, 4), ops, bytes(38))
+
+
 @pytest.mark.parametrize("rows", [2, 7])
 def test_a_row_does_not_see_its_batch(rows: int, seed: int, ops: Ops) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -20,6 +20,7 @@ from overleap.kernels.conformance import RULES, Verdict, conform, op_names
 from overleap.kernels.conformance.exact import index_scores, nearest, scale_of
 from overleap.kernels.spec import Ops, Pool
 from overleap.kernels.torch import quant
+from tests.kernels.mutants import CHOOSING
 
 GOOD = select("torch")
 
@@ -267,6 +268,7 @@ MUTANTS: dict[str, tuple[str, Callable[..., Any], str]] = {
         lambda y, x, post, comb: GOOD.hc_post(y, x, post, comb.transpose(1, 2)),
         "",
     ),
+    **CHOOSING,
 }
 
 
