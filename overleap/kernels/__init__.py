@@ -14,11 +14,12 @@ from typing import Any
 
 from overleap.errors import BackendError
 from overleap.kernels.composed import Assembled
-from overleap.kernels.spec import COARSE, OP_NAMES, Ops
+from overleap.kernels.spec import COARSE, LEFT_TO_TORCH, OP_NAMES, Ops
 
 OWN = {"cpu": "overleap.kernels.cpu", "torch": "overleap.kernels.torch"}
 DEFINITION = "torch"
 COMPOSED = "fine ops"  # serve a coarse op that no backend in line has
+LEFT = "whole matrix products alone, torch's are as fast"
 PREFERRED = {"cpu": ("cpu",)}  # by type of device; what these lack, the definition serves
 
 
@@ -52,8 +53,11 @@ def table(wanted: str = "auto", device: str = "cpu") -> list[Served]:
 
 
 def native(wanted: str = "auto", device: str = "cpu") -> bool:
-    """Whether select() asked the same leaves nothing to the definition in torch."""
-    return all(row.backend != DEFINITION for row in table(wanted, device))
+    """Whether select() asked the same leaves nothing to the definition in torch but what is best
+    there: a backend's memory and equivalence are then its own."""
+    return all(
+        row.backend != DEFINITION or row.op in LEFT_TO_TORCH for row in table(wanted, device)
+    )
 
 
 def _decide(wanted: str, device: str) -> tuple[dict[str, Any], list[Served]]:
@@ -73,7 +77,7 @@ def _decide(wanted: str, device: str) -> tuple[dict[str, Any], list[Served]]:
             if op not in found and op in having:
                 found[op], who[op] = having[op], name
             elif op not in found:
-                why[op] = why[op] or f"{name} has none"
+                why[op] = why[op] or (LEFT if op in LEFT_TO_TORCH else f"{name} has none")
     for op, function in _ops_of(DEFINITION).items():
         found.setdefault(op, function)
     return found, [Served(op, who[op], why[op]) for op in OP_NAMES]

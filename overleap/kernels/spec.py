@@ -5,7 +5,8 @@ Read next: kernels/torch/attention.py (the op that matters most), kernels/__init
 
 Letters: T packed tokens of this step, B sequences, D hidden width, M residual streams, H query
 heads, K head width, R rotary width, I indexer heads, J indexer width, S entries of a sequence,
-P pages, E experts, X experts per token, F expert inner width, N outputs of a linear, G groups.
+P pages, E experts, X experts per token, F expert inner width, N outputs of a linear, G groups,
+V vocabulary, Y rows of logits.
 """
 
 from collections.abc import Sequence
@@ -175,6 +176,25 @@ class Spans:
         ends = zip(self.offset[:-1], self.offset[1:], strict=True)
         rows = [torch.arange(max(a, b - capacity), b) for a, b in ends]
         return torch.cat(rows).to(self.position_T.device)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a row of logits becomes a token.
+
+    temperature  0 takes the largest logit, and nothing below counts; else logits are divided by it
+    top_k        keep the k largest logits; None keeps all
+    top_p        of those, keep the likeliest up to and with the one that reaches this share
+    min_p        and of those, the ones at least this fraction as likely as the likeliest
+    number       in [0, 1), says which of those it is; from a counter-based generator: a function
+                 of the seed and of the token's number in its answer, and of nothing else
+    """
+
+    temperature: float
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    number: float = 0.0
 
 
 class Ops(Protocol):
@@ -359,6 +379,42 @@ class Ops(Protocol):
         """Stream k becomes post[k] y + sum over j of comb[j, k] x[j] (eq. 1) -> [T, M, D]."""
         ...
 
+    def sample(
+        self,
+        logits_YV: Tensor,
+        choices: Sequence[Choice],
+        allowed_YB: Tensor | None,
+        best: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Choose a token from every row of logits; each row is worked on alone.
+
+        logits_YV   f32 [Y, V]; -inf forbids a token
+        choices     one for each row
+        allowed_YB  u8 [Y, ceil(V / 8)] or None: token v may be chosen where bit v % 8 of byte
+                    v // 8 is set
+        best        None: no log-probabilities; n: of the chosen token and of the n likeliest
+        returns     ids i64 [Y, 1 + n]: the chosen token, then the n likeliest of all V, best first
+                    (-1 beyond V); and their log-probabilities f64, same shape ([Y, 0] for None):
+                    the model's own, before `allowed` and the cuts (-inf beyond V)
+
+        What is kept lies on [0, 1) in order of ids, each token as wide as it is likely; `number`
+        falls on one. Equal logits: the smaller id is the largest, and stays when another is cut.
+        A row with NaN or +inf in it, or with nothing that may be chosen, yields -1 and NaN.
+        """
+        ...
+
+    def orthogonalise(self, matrix: Tensor) -> Tensor:
+        """The nearest matrix with all singular values about 1: U V^T of U S V^T (report Alg. 1).
+
+        matrix   [..., N, K]  f32 or bf16; a batch is done at once
+        returns  same shape, f32; products run in bf16 (report section 5.4)
+
+        M <- M / |M|_F, then M <- a M + b (M M^T) M + c (M M^T)^2 M: eight steps with (a, b, c) =
+        (3.4445, -4.7750, 2.0315), two with (2, -1.5, 0.5). Singular values below about 1 / 100 of
+        the largest drown in bf16 and may end anywhere between 0 and 1. Zeros stay zeros.
+        """
+        ...
+
     # Coarse ops: what a layer calls. Their results are those of the fine ops in turn.
 
     def project(
@@ -442,3 +498,6 @@ class Ops(Protocol):
 
 OP_NAMES = tuple(name for name in vars(Ops) if not name.startswith("_"))
 COARSE = OP_NAMES[OP_NAMES.index("project") :]
+# Nothing but products of whole matrices, which torch gives to the device's own library: backends
+# need not have these, and nobody is worse off where they have not.
+LEFT_TO_TORCH = ("orthogonalise",)

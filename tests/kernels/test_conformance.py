@@ -21,6 +21,8 @@ from overleap.kernels.conformance import RULES, Verdict, conform, op_names
 from overleap.kernels.conformance.exact import index_scores, nearest, scale_of
 from overleap.kernels.spec import Ops, Pool
 from overleap.kernels.torch import quant
+from tests.kernels.coarse_mutants import COARSE
+from tests.kernels.mutants import CHOOSING
 
 GOOD = select("torch")
 
@@ -268,6 +270,8 @@ MUTANTS: dict[str, tuple[str, Callable[..., Any], str]] = {
         lambda y, x, post, comb: GOOD.hc_post(y, x, post, comb.transpose(1, 2)),
         "",
     ),
+    **CHOOSING,
+    **COARSE,
 }
 
 

@@ -51,6 +51,7 @@ def test_collapse_takes_the_tensors_of_its_sub_layer(seed: int) -> None:
         )
         for got, wanted in zip(collapse(block, name, x, config, ops, norm), expected, strict=True):
             assert got.equal(wanted)
-    assert not collapse(block, "attn", x, config, ops)[0].equal(
-        collapse(block, "ffn", x, config, ops)[0]
+    norm = torch.ones(config.hidden_size)
+    assert not collapse(block, "attn", x, config, ops, norm)[0].equal(
+        collapse(block, "ffn", x, config, ops, norm)[0]
     )

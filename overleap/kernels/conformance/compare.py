@@ -48,6 +48,8 @@ RULES: dict[str, Rule] = {
     "hc_pre": Rule(FLOAT32, BFLOAT16, "Sinkhorn ends on columns"),
     "hc_head": Rule(FLOAT32, BFLOAT16, "one gate a stream, from all streams"),
     "hc_post": Rule(FLOAT32, BFLOAT16, "stream k takes comb[j, k] of stream j"),
+    "sample": Rule(FLOAT32, FLOAT32, "equal logits (-0.0 is 0.0): the smaller id, in every cut"),
+    "orthogonalise": Rule(2.0**-4, 2.0**-4, "products in bf16; zeros stay zeros"),
     "project": Rule(FLOAT32, BFLOAT16, "the norm's result has the type of its input"),
     "project_back": Rule(FLOAT32, BFLOAT16, "the first half is not rounded, the second may be"),
     "norm_rope_quantize": Rule(FLOAT32, BFLOAT16, "packed rows to the byte"),

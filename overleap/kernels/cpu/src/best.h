@@ -32,6 +32,12 @@ static inline vi sortable(vf score) {
 
 class Best {
   public:
+    // Larger is better: the score above, the inverted entry number below.
+    static uint64_t rank(int32_t order, int64_t entry) {
+        uint64_t high = static_cast<uint32_t>(order) ^ 0x80000000u;
+        return high << 32 | static_cast<uint32_t>(~static_cast<uint32_t>(entry));
+    }
+
     void start(int64_t k, int64_t entries) {
         k_ = k;
         size_ = 0;
@@ -78,12 +84,6 @@ class Best {
     }
 
   private:
-    // Larger is better: the score above, the inverted entry number below.
-    static uint64_t rank(int32_t order, int64_t entry) {
-        uint64_t high = static_cast<uint32_t>(order) ^ 0x80000000u;
-        return high << 32 | static_cast<uint32_t>(~static_cast<uint32_t>(entry));
-    }
-
     void add(uint64_t rank) {
         if (size_ == static_cast<int64_t>(kept_.size())) shrink();
         kept_[size_++] = rank;

@@ -27,5 +27,7 @@ void window_write(Address ring, int64_t capacity, int64_t bytes, Address rows,
 void bind_linear(nanobind::module_& m);     // matmul, grouped_matmul, experts
 void bind_attention(nanobind::module_& m);  // index_topk, attend
 void bind_rows(nanobind::module_& m);       // norms, rotation, rows, compress, route, streams
+void bind_sampling(nanobind::module_& m);   // sample
+void bind_ceiling(nanobind::module_& m);    // reading memory, nothing else
 
 }  // namespace overleap
