@@ -41,14 +41,14 @@ static inline void turn_block(const uint32_t* in, int64_t stride, uint32_t* out)
     __m512i a[16], b[16];
     for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(in + i * stride);
     for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+        b[i] = _mm512_maskz_unpacklo_epi32(0xffff, a[i], a[i + 1]);
+        b[i + 1] = _mm512_maskz_unpackhi_epi32(0xffff, a[i], a[i + 1]);
     }
     for (int i = 0; i < 16; i += 4) {  // a[i + j]: lanes j, 4 + j, 8 + j, 12 + j of rows i .. i + 3
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+        a[i] = _mm512_maskz_unpacklo_epi64(0xff, b[i], b[i + 2]);
+        a[i + 1] = _mm512_maskz_unpackhi_epi64(0xff, b[i], b[i + 2]);
+        a[i + 2] = _mm512_maskz_unpacklo_epi64(0xff, b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_maskz_unpackhi_epi64(0xff, b[i + 1], b[i + 3]);
     }
     for (int j = 0; j < 4; j++) {
         __m512i low0 = quarters<0x88>(a[j], a[4 + j]);

@@ -75,8 +75,10 @@ class Rows {
         for (int64_t r = 0; r < block.queries(); r++) {
             const X* q = static_cast<const X*>(a.q) + block.packed(r, a.heads) * a.width;
             E* to = query_.data() + r * width_;
-            for (int64_t k = 0; k < a.width; k++) keep(to[k], number(q[k]));
-            for (int64_t k = a.width; k < width_; k++) to[k] = E{};
+            int64_t k = 0;
+            for (; k + W <= a.width; k += W) copy_vector(q + k, to + k);
+            for (; k < a.width; k++) keep(to[k], number(q[k]));
+            for (; k < width_; k++) to[k] = E{};
         }
     }
 

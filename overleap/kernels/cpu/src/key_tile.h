@@ -13,6 +13,7 @@
 namespace overleap::OVERLEAP_ISA {
 
 constexpr int kTileKeys = 256;
+constexpr int64_t kAhead = 128;  // entries that are fetched before they are needed
 constexpr int kGroupSteps = kFp4Group / 4;  // a step is 4 values of every key of a vector
 constexpr int kLift = 12;                   // added to keys: VNNI wants one unsigned side
 
@@ -48,11 +49,16 @@ class KeyTile {
         scales_.resize(packed ? static_cast<size_t>(groups_ * kTileKeys) : 0);
     }
 
-    // Entries first .. first + count - 1 of a sequence. Lanes behind them repeat the last one.
-    void fill(const Pages& keys, int64_t sequence, int64_t first, int count) {
+    // Entries first .. first + count - 1 of a sequence, which go on up to `end`. Lanes behind them
+    // repeat the last one.
+    void fill(const Pages& keys, int64_t sequence, int64_t first, int count, int64_t end) {
         for (int at = 0; at < count; at += W) {
+            if (first + at + kAhead < end) {  // no hardware follows from page to page
+                const uint8_t* later = keys.entry(sequence, first + at + kAhead);
+                for (int64_t i = 0; i < W * layout_.bytes; i += 64) __builtin_prefetch(later + i);
+            }
             const uint8_t* row[W];
-            if (at + W <= count && (first + at) % keys.per_page + W <= keys.per_page) {
+            if (at + W <= count && keys.left(first + at) >= W) {
                 const uint8_t* base = keys.entry(sequence, first + at);
                 for (int i = 0; i < W; i++) row[i] = base + i * layout_.bytes;
             } else {
@@ -74,12 +80,22 @@ class KeyTile {
     void packed(const uint8_t* const* row, int vector) {
         uint8_t* out = values_.data() + vector * steps_ * 4 * W;
         float* scale = scales_.data() + vector * groups_ * W;
-        for (int64_t g = 0; g < groups_; g++, out += kGroupSteps * 4 * W, scale += W) {
-            packed_group(row, g, out);
-            uint8_t code[W];
-            for (int i = 0; i < W; i++) code[i] = row[i][layout_.width / 2 + g];
-            store(scale, e8m0(widen(code)));
-        }
+        for (int64_t g = 0; g < groups_; g++) packed_group(row, g, out + g * kGroupSteps * 4 * W);
+        for (int64_t g = 0; g < groups_; g += 4) scales(row, g, scale + g * W);
+    }
+
+    // Of groups g .. g + 3, from four bytes within the row.
+    void scales(const uint8_t* const* row, int64_t g, float* out) const {
+        const int64_t at = layout_.width / 2 + g, from = std::min(at, layout_.bytes - 4);
+        uint32_t four[W];
+        if (from >= 0)
+            for (int i = 0; i < W; i++) std::memcpy(&four[i], row[i] + from, 4);
+        else
+            for (int i = 0; i < W; i++) four[i] = static_cast<uint32_t>(row[i][at]) << 8 * (at - from);
+        vu words;
+        std::memcpy(&words, four, sizeof words);
+        for (int64_t j = 0; j < 4 && g + j < groups_; j++)
+            store(out + j * W, e8m0(words >> static_cast<uint32_t>(8 * (at + j - from)) & 255u));
     }
 
 #if defined(__AVX512F__)

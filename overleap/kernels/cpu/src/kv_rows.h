@@ -21,6 +21,12 @@ static inline float number(bf16 x) { return wide(x); }
 static inline void keep(float& to, float x) { to = x; }
 static inline void keep(bf16& to, float x) { to = narrow(x); }
 
+template <class E>
+static inline void copy_vector(const E* from, E* to) {
+    std::memcpy(to, from, W * sizeof(E));
+}
+static inline void copy_vector(const bf16* from, float* to) { store(to, load(from)); }
+
 // Any codes and any scale.
 template <class E>
 static inline void decode_slowly(const uint8_t* code, int64_t n, uint8_t scale, E* out) {
@@ -98,7 +104,9 @@ static inline bool decode_group(const uint8_t* code, uint8_t scale, float* out) 
 #endif
 
 static inline void copy_rope(const uint8_t* stored, int64_t n, bf16* out) {
-    std::memcpy(out, stored, static_cast<size_t>(2 * n));
+    int64_t i = 0;
+    for (; i + W <= n; i += W) std::memcpy(out + i, stored + 2 * i, 2 * W);
+    std::memcpy(out + i, stored + 2 * i, 2 * static_cast<size_t>(n - i));
 }
 
 static inline void copy_rope(const uint8_t* stored, int64_t n, float* out) {
