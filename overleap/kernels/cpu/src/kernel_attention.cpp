@@ -211,7 +211,8 @@ Rows<X, E>& rows_of_this_thread() {
 
 template <class X, class E>
 void attend_block(const Attention& a, const Block& block) {
-    static thread_local Sums sums, part;
+    static thread_local Sums of_this_thread[2];
+    Sums &sums = of_this_thread[0], &part = of_this_thread[1];
     Rows<X, E>& rows = rows_of_this_thread<X, E>();
     const int64_t width = Tile<E>::padded(a.width), parts = parts_of(a, block);
     rows.start(a, block);
