@@ -77,7 +77,7 @@ class Inputs {
   private:
     int64_t stride_;
     const E *plain_ = nullptr, *rounded_ = nullptr;
-    Buffer<E> own_;
+    RawBuffer<E> own_;
 };
 
 // Whether a product loses nothing when both sides are bf16.

@@ -163,8 +163,8 @@ class Run {
     Plan plan_;
     Inputs<E> x_;
     int64_t inner_ = 0, longest_ = 0, stride_ = 0;
-    Buffer<float> wide_;  // hidden values before they are rounded, [rows, stride]
-    Buffer<E> hidden_;    // [rows, stride]
+    RawBuffer<float> wide_;  // hidden values before they are rounded, [rows, stride]
+    RawBuffer<E> hidden_;    // [rows, stride]
 };
 
 }  // namespace

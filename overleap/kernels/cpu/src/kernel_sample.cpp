@@ -146,8 +146,8 @@ class Blocks {
 // Rows end where they end: the last vector is offered from a copy.
 void offer_all(Best& best, const float* x, int64_t n) {
     const int64_t whole = n / W * W;
-    for (int64_t i = 0; i < whole; i += kBlock)
-        best.offer(x + i, i, static_cast<int>(std::min(kBlock, whole - i)));
+    for (int64_t i = 0; i < whole; i += Best::kOffered)
+        best.offer(x + i, i, static_cast<int>(std::min<int64_t>(Best::kOffered, whole - i)));
     float rest[W] = {};
     std::memcpy(rest, x + whole, static_cast<size_t>(4 * (n - whole)));
     best.offer(rest, whole, static_cast<int>(n - whole));
@@ -167,13 +167,19 @@ struct Room {
     std::vector<Candidate> kept;
 };
 
-// Ranks (see best.h) of the k largest, in no order.
+// Larger is better: the logit above, the inverted id below.
+uint64_t rank(int32_t order, int64_t id) {
+    const uint64_t high = static_cast<uint32_t>(order) ^ 0x80000000u;
+    return high << 32 | static_cast<uint32_t>(~static_cast<uint32_t>(id));
+}
+
+// Ranks of the k largest, in no order.
 void rank_largest(Room& room, const float* x, int64_t n, int64_t k) {
-    int64_t count;
     room.best.start(k, n);
     offer_all(room.best, x, n);
-    const std::vector<uint64_t>& kept = room.best.shrunk(count);
-    room.ranks.assign(kept.begin(), kept.begin() + count);
+    room.best.take(room.ranks);
+    for (uint64_t& kept : room.ranks)
+        kept = rank(static_cast<int32_t>(kept >> 32), static_cast<uint32_t>(kept));
 }
 
 // Ranks of all tokens of at least this logit, in no order.
@@ -187,7 +193,7 @@ void rank_from(Room& room, const float* x, int64_t n, float least) {
         if (count < W) found &= (1u << count) - 1;
         for (; found; found &= found - 1) {
             const int lane = __builtin_ctz(found);
-            room.ranks.push_back(Best::rank(order[lane], i + lane));
+            room.ranks.push_back(rank(order[lane], i + lane));
         }
     }
 }

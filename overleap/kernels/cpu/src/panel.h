@@ -14,17 +14,6 @@ constexpr bool kPairs = true;  // a dot product instruction over bf16 pairs
 constexpr bool kPairs = false;
 #endif
 
-// Elements that one dot-product instruction takes of each side; rows are padded to it.
-template <class E>
-constexpr int kStep = sizeof(E) == 2 ? 2 * W : W;
-
-template <class E>
-static inline int64_t padded(int64_t columns) {
-    return (columns + kStep<E> - 1) / kStep<E> * kStep<E>;
-}
-
-static inline float from(const float& x) { return x; }
-static inline float from(const bf16& x) { return wide(x); }
 static inline void put(float& to, float x) { to = x; }
 static inline void put(bf16& to, float x) { to = narrow(x); }
 
@@ -61,27 +50,6 @@ static inline void round_group(float* x, int count) {
         v = reinterpret_cast<vf>(reinterpret_cast<vu>(rounded) | sign);
         store(x + i, bad ? all(NAN) : v);
     }
-}
-
-// One row of activations as elements, rounded if asked, zeros behind its end.
-// The buffer has room for columns + W floats.
-template <class E, class X>
-static inline void prepare_row(const X* x, int64_t columns, bool round, float* buffer, E* out) {
-    int64_t all_columns = padded<E>(columns), whole = columns / W * W;
-    for (int64_t i = 0; i < whole; i += W) store(buffer + i, load(x + i));
-    for (int64_t i = whole; i < columns; i++) buffer[i] = from(x[i]);
-    if (round) {
-        for (int64_t i = 0; i < columns; i += kInputGroup) {
-            int count = static_cast<int>(columns - i < kInputGroup ? columns - i : kInputGroup);
-            float group[kInputGroup + W] = {};
-            std::memcpy(group, buffer + i, 4 * static_cast<size_t>(count));
-            round_group(group, count);
-            std::memcpy(buffer + i, group, 4 * static_cast<size_t>(count));
-        }
-    }
-    for (int64_t i = 0; i < whole; i += W) store(out + i, load(buffer + i));
-    for (int64_t i = whole; i < columns; i++) put(out[i], buffer[i]);
-    for (int64_t i = columns; i < all_columns; i++) out[i] = E{};
 }
 
 // -- weights

@@ -5,9 +5,7 @@
 // Read next: panel.h (stored codes as numbers), kernel_linear.cpp.
 #pragma once
 
-#include <cstdlib>
-#include <new>
-
+#include "buffer.h"
 #include "panel.h"
 
 namespace overleap::OVERLEAP_ISA {
@@ -25,45 +23,13 @@ static inline int64_t whole_columns(int64_t columns) {
     return (columns + kColumns - 1) / kColumns * kColumns;
 }
 
-// A buffer of this thread, aligned to a cache line, as it was left. One for each Tag: several at once.
+// A buffer of this thread, as it was left. One for each Tag, where several are in use at once.
 template <class T, int Tag = 0>
 static inline T* room(int64_t count) {
-    struct Room {
-        void* data = nullptr;
-        size_t bytes = 0;
-        ~Room() { std::free(data); }
-    };
-    thread_local Room mine;
-    size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-    if (mine.bytes < bytes) {
-        std::free(mine.data);
-        mine.bytes = 0;
-        mine.data = std::aligned_alloc(64, bytes);
-        if (!mine.data) throw std::bad_alloc();
-        mine.bytes = bytes;
-    }
-    return static_cast<T*>(mine.data);
+    thread_local RawBuffer<T> mine;
+    if (mine.size() < count) mine.resize(count);
+    return mine.data();
 }
-
-// Memory of a call, aligned to a cache line, without values.
-template <class T>
-class Buffer {
-  public:
-    Buffer() = default;
-    explicit Buffer(int64_t count) { resize(count); }
-    ~Buffer() { std::free(data_); }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    void resize(int64_t count) {
-        std::free(data_);
-        data_ = std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64);
-        if (!data_ && count) throw std::bad_alloc();
-    }
-    T* data() const { return static_cast<T*>(data_); }
-
-  private:
-    void* data_ = nullptr;
-};
 
 // -- One step of a product
 
