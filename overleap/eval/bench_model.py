@@ -13,6 +13,7 @@ from torch import Tensor
 
 from overleap.checkpoint import convert, save, tensor_table
 from overleap.checkpoint.convert import Form
+from overleap.checkpoint.manifest import read_manifest
 from overleap.checkpoint.table import Role
 from overleap.config import ModelConfig
 
@@ -44,6 +45,14 @@ def bench_config() -> ModelConfig:
         num_nextn_predict_layers=0,
         routed_scaling_factor=1.5,
     )
+
+
+def write_bench_model(name: str, folder: Path, seed: int = 0) -> str:
+    """Write one of BENCH_MODELS; returns the digest of its weights. It takes seconds."""
+    write_model(folder, BENCH_MODELS[name], bench_config(), seed)
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    return manifest.digest
 
 
 def write_model(folder: Path, form: Form, config: ModelConfig, seed: int = 0) -> None:
