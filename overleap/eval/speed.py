@@ -182,7 +182,7 @@ def speed(
             reading.cache.nbytes(reading.text),
             reading.cache.allocated_bytes,
             base,
-            peak_bytes(),
+            machine.recent_peak_bytes(),
             base + reading.cache.allocated_bytes + scratch,
         )
         found.append(Speed(depth, seconds, depth - before, took, tuple(steps), memory))
@@ -195,19 +195,6 @@ def _base_bytes(model: Transformer) -> int:
         weight.data.view(torch.uint8).count_nonzero()
     machine.forget_peak()
     return machine.resident_bytes()
-
-
-def peak_bytes(proc: Path = Path("/proc")) -> int | None:
-    """Most memory resident since machine.forget_peak (Linux), or ever; None if unknown.
-
-    What getrusage tells is at least what the parent process held when it started this one.
-    """
-    try:
-        lines = (proc / "self" / "status").read_text("ascii", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    found = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
-    return found[0] * 1024 if found else machine.peak_resident_bytes()
 
 
 def _refuse_what_does_not_fit(

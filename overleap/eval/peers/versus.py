@@ -14,14 +14,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from overleap import machine
-from overleap.checkpoint import Checkpoint
+from overleap.checkpoint import Checkpoint, convert
 from overleap.errors import OverleapError, RequestError
-from overleap.eval.peers.program import Task
+from overleap.eval.peers.gguf import write_gguf
+from overleap.eval.peers.program import Floats, Task
 from overleap.eval.record import Scalar
 
 PEERS = ("transformers", "llama.cpp")
@@ -192,7 +192,8 @@ def versus(
             process = _Process(
                 Task(
                     one.program,
-                    str(folder),
+                    str(prepared(one.program, folder, scratch)),
+                    vocabulary,
                     threads,
                     backend=one.backend,
                     chunk_tokens=chunk_tokens,
@@ -220,6 +221,19 @@ def versus(
     )
 
 
+def prepared(program: str, folder: Path, scratch: Path, exact: bool = False) -> Path:
+    """The checkpoint in the form that a program reads, written into `scratch` if need be."""
+    if program == "llama.cpp":
+        path = scratch / "model.gguf"
+        write_gguf(folder, path, exact=exact)
+        return path
+    if program == "transformers" and Checkpoint(folder).config.quantization_config is not None:
+        if not (scratch / "unpacked").exists():
+            convert(folder, scratch / "unpacked", "bf16")  # exact
+        return scratch / "unpacked"
+    return folder
+
+
 def _fill(cell: Cell, process: _Process, ids: list[int], steps: int) -> None:
     if cell.error is not None:
         return
@@ -238,15 +252,15 @@ def _fill(cell: Cell, process: _Process, ids: list[int], steps: int) -> None:
 def _apart(
     processes: dict[str, _Process], ids: list[int], scratch: Path
 ) -> tuple[dict[str, float], dict[str, float]]:
-    found: dict[str, Tensor] = {}
+    found: dict[str, Floats] = {}
     for name, process in processes.items():
-        path = scratch / f"{len(found)}.safetensors"
+        path = scratch / f"{len(found)}.npy"
         request = {"what": "log_probabilities", "ids": ids, "ends": COMPARED_AT, "path": str(path)}
         process.ask(request)
-        found[name] = load_file(path)["rows"]
+        found[name] = np.load(path)
     first = next(iter(found.values()))
     others = list(found.items())[1:]
     return (
-        {name: float((rows - first).abs().max()) for name, rows in others},
-        {n: float((rows.argmax(-1) == first.argmax(-1)).float().mean()) for n, rows in others},
+        {name: float(np.abs(rows - first).max()) for name, rows in others},
+        {n: float((rows.argmax(-1) == first.argmax(-1)).mean()) for n, rows in others},
     )
