@@ -43,7 +43,16 @@ def compare(
         settings[f"same_best_{program}"] = found.same_best[program]
     numbers = found.rows()
     title = f"{name}, one sequence, medians; factor: how many times as fast {ours[0].name} is"
-    columns = ["program", "depth", "prefill/s", "factor", "decode/s", "factor", "peak"]
+    columns = [
+        "program",
+        "depth",
+        "prefill/s",
+        "factor",
+        "decode/s",
+        "factor",
+        "8 together/s",
+        "peak",
+    ]
     table = screen.Shown(title, columns, [_cells(row) for row in numbers])
     return table, numbers, settings, weights
 
@@ -53,13 +62,15 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
     start = (row["program"], depth_label(row["depth_tokens"]))
     if "error" in row:
-        return (*start, row["error"], "", "", "", "")
+        return (*start, row["error"], *[""] * 5)
     prefill, decode = row.get("prefill_factor"), row.get("decode_factor")
+    together = row.get("together_tokens_per_s")
     return (
         *start,
         f"{row['prefill_tokens_per_s']:,.0f}",
         "" if prefill is None else f"{prefill:.2f}",
         f"{row['decode_tokens_per_s']:,.1f}",
         "" if decode is None else f"{decode:.2f}",
+        "" if together is None else f"{together:,.0f} ({row['together_factor']:.2f})",
         size(row["peak_process_bytes"] or 0),
     )

@@ -62,9 +62,9 @@ class Ours(Program):
     def write_together(self, ids: list[int], sequences: int, steps: int) -> list[float]:
         cache = self._room((len(ids) + steps) * sequences, sequences)
         texts = [cache.open() for _ in range(sequences)]
-        for text in texts:  # texts of their own: nothing is shared
+        for number, text in enumerate(texts):  # each its own text: nothing is shared
             cache.reserve(text, len(ids) + steps)
-            self._read(cache, text, ids)
+            self._read(cache, text, ids[number:] + ids[:number])
         tokens, times = list(range(sequences)), []
         for _ in range(steps):
             parts = [(text, [token], 1) for text, token in zip(texts, tokens, strict=True)]

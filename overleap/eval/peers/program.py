@@ -64,7 +64,7 @@ class Program(ABC):
         """[len(ends), V]: of the token that follows ids[:end], for every end."""
 
     def write_together(self, ids: list[int], sequences: int, steps: int) -> list[float]:
-        """Seconds of steps that each continue so many copies of a text by a token."""
+        """Seconds of steps that each continue so many texts, of the length of `ids`, by a token."""
         raise NotImplementedError  # only ours is asked
 
 
