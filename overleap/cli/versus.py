@@ -42,17 +42,8 @@ def compare(
         settings[f"log_probability_off_{program}"] = difference
         settings[f"same_best_{program}"] = found.same_best[program]
     numbers = found.rows()
-    title = f"{name}, one sequence, medians; factor: how many times as fast {ours[0].name} is"
-    columns = [
-        "program",
-        "depth",
-        "prefill/s",
-        "factor",
-        "decode/s",
-        "factor",
-        "8 together/s",
-        "peak",
-    ]
+    title = f"{name}: tokens/s, medians; x: how many times as fast {ours[0].name} is"
+    columns = ("program", "depth", "prefill", "x", "decode", "x", "8 at once", "peak")
     table = screen.Shown(title, columns, [_cells(row) for row in numbers])
     return table, numbers, settings, weights
 
