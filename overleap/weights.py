@@ -17,10 +17,9 @@ class Weights:
     fixed_bytes   taken whatever is asked for
     row_bytes     a row of the embedding: only those of tokens that occur are read
     table_bytes   all rows of it
-    expert_bytes  all routed experts, 0 where they cannot be let go
+    expert_bytes  all routed experts, each in whole pages; 0 where they cannot be let go
     layer_bytes   those of one layer
     least_bytes   the fewest a step can do with: what one token chooses in a layer
-    edge_bytes    may stay of experts that were let go
     """
 
     fixed_bytes: int = 0
@@ -29,7 +28,6 @@ class Weights:
     expert_bytes: int = 0
     layer_bytes: int = 0
     least_bytes: int = 0
-    edge_bytes: int = 0
 
     def dense_bytes(self, tokens: int) -> int:
         """All but the experts, for texts of so many tokens."""
@@ -50,17 +48,15 @@ def expert_bytes(config: ModelConfig) -> int:
 
 def mapped_weights(config: ModelConfig, file_bytes: int) -> Weights:
     """As a checkpoint of this config and so many bytes will lie when none of it is converted."""
-    one, layers = expert_bytes(config), len(config.all_kinds)
-    every = layers * config.n_routed_experts
+    one, every = expert_bytes(config), len(config.all_kinds) * config.n_routed_experts
+    held = one + 2 * PAGE_BYTES
     row = config.hidden_size * (4 if config.torch_dtype == "float32" else 2)
     table = config.vocab_size * row
-    edges = 2 * PAGE_BYTES * every
     return Weights(
         fixed_bytes=max(0, file_bytes - every * one - table),
         row_bytes=row,
         table_bytes=table,
-        expert_bytes=every * one,
-        layer_bytes=config.n_routed_experts * one,
-        least_bytes=config.num_experts_per_tok * one + edges,
-        edge_bytes=edges,
+        expert_bytes=every * held,
+        layer_bytes=config.n_routed_experts * held,
+        least_bytes=config.num_experts_per_tok * held,
     )

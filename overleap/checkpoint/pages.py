@@ -47,6 +47,11 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     return advise
 
 
+def _whole(start: int, end: int, unit: int) -> tuple[int, int]:
+    """Of start..end, what begins and ends at multiples of `unit`; the end first if nothing does."""
+    return -(-start // unit) * unit, end // unit * unit
+
+
 def _reads_huge_pages(release: str | None = None, pages: Path = _HUGE_PAGES) -> bool:
     """Whether this Linux reads a huge page of a file at a time where it is asked to."""
     numbers = re.match(r"(\d+)\.(\d+)", os.uname().release if release is None else release)
@@ -74,13 +79,21 @@ class Pages:
         """Whether the system takes advice; else pages stay until it wants them back."""
         return self._advise is not None
 
-    def scatter(self, start: int, end: int) -> None:
-        """Bytes start..end of the file will be asked for by hand: no reading around a fault."""
+    def scatter(self, start: int, end: int, odd: bool = False) -> None:
+        """Bytes start..end of the file will be asked for by hand: no reading around a fault.
+
+        odd  of two neighbours one is, so that no fault in one maps pages of the other
+        """
+        if self._advise is None:
+            return
         first = start // PAGE * PAGE
-        if self._advise is not None:
-            self._tell(first, end, mmap.MADV_RANDOM)
-            if self._huge:
-                self._tell(first, end, mmap.MADV_HUGEPAGE)
+        self._tell(first, end, mmap.MADV_RANDOM)
+        if self._huge:
+            self._tell(first, end, mmap.MADV_HUGEPAGE)
+        # A fault maps all that the system's cache has around it (Linux 6.18: up to 2 MiB), but
+        # stays within memory of one kind. Whether a core dump has it is a kind without effect.
+        if odd:
+            self._tell(first, end, mmap.MADV_DONTDUMP)
 
     def read(self, start: int, end: int, room: bytearray) -> None:
         """Have bytes start..end in memory; returns when they are. Raises CheckpointError.
@@ -88,7 +101,7 @@ class Pages:
         room  for bytes on the way; what fits in is asked of the disk at a time
         """
         first, error = start // PAGE * PAGE, 0
-        inner, outer = -(-first // HUGE) * HUGE, end // HUGE * HUGE
+        inner, outer = _whole(start, end, HUGE)
         if not self._huge or inner >= outer:
             inner = outer = end
         if self._advise is not None:
@@ -114,14 +127,10 @@ class Pages:
         return Damaged([Problem(self.path.name, None, f"not readable at byte {start}: {reason}")])
 
     def drop(self, start: int, end: int) -> None:
-        """Give back the whole pages within start..end, to the system's cache of files as well.
-
-        What is shared with a neighbour stays: two pages at most.
-        """
-        first, last = -(-start // PAGE) * PAGE, end // PAGE * PAGE
-        if self._advise is not None and last > first:
-            self._tell(first, last, mmap.MADV_DONTNEED)
-            os.posix_fadvise(self._file, first, last - first, os.POSIX_FADV_DONTNEED)
+        """Give back the memory of start..end, in the system's cache of files as well."""
+        if self._advise is not None:
+            self._tell(start // PAGE * PAGE, end, mmap.MADV_DONTNEED)
+            os.posix_fadvise(self._file, start, end - start, os.POSIX_FADV_DONTNEED)
 
     def _tell(self, first: int, end: int, advice: int) -> int:
         if self._advise is None:
@@ -138,9 +147,9 @@ class Extent:
     end: int
 
     @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.end - self.start
+    def memory(self) -> int:
+        """Bytes of memory that it takes, in whole pages."""
+        return self.end + -self.end % PAGE - self.start // PAGE * PAGE
 
 
 @dataclass(frozen=True)
@@ -173,26 +182,24 @@ def placed(checkpoint: Checkpoint, model: Transformer) -> Placed:
             extent.pages.scatter(extent.start, extent.end)
             row = tensor.shape[1] * tensor.itemsize
         else:
-            fixed += extent.size
+            fixed += extent.end - extent.start
     config = checkpoint.config
     owners = [f"layers.{n}" for n in range(config.num_hidden_layers)]
     owners += [f"mtp.{n}" for n in range(config.num_nextn_predict_layers)]
     numbers = range(config.n_routed_experts)
     whole = sum(1 for name, spec in checkpoint.table.items() if _of_expert(name, spec.role))
     if sum(map(len, parts.values())) < whole:  # some were copied, and are resident already
-        left = sum(e.size for extents in parts.values() for e in extents)
+        left = sum(e.end - e.start for extents in parts.values() for e in extents)
         return Placed(Weights(fixed + left, row, config.vocab_size * row), ())
     experts = tuple(tuple(_joined(parts[f"{o}.{n}"]) for n in numbers) for o in owners)
-    sizes = [[sum(e.size for e in extents) for extents in layer] for layer in experts]
-    edges = 2 * PAGE * len(owners) * len(numbers)  # the first and the last page of each
+    sizes = [[sum(e.memory for e in extents) for extents in layer] for layer in experts]
     weights = Weights(
         fixed_bytes=fixed,
         row_bytes=row,
         table_bytes=config.vocab_size * row,
         expert_bytes=sum(map(sum, sizes)),
         layer_bytes=max(map(sum, sizes)),
-        least_bytes=config.num_experts_per_tok * max(map(max, sizes)) + edges,
-        edge_bytes=edges,
+        least_bytes=config.num_experts_per_tok * max(map(max, sizes)),
     )
     return Placed(weights, experts)
 

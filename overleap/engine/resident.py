@@ -6,7 +6,6 @@ and how it is read (shelf.py). Read next: docs/concepts/larger-than-memory.md.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,36 +13,12 @@ import torch
 from torch import Tensor
 
 from overleap.checkpoint.pages import Placed
+from overleap.engine.request import ExpertStats
 from overleap.engine.shelf import Shelf
 from overleap.errors import CapacityError
 from overleap.machine import size
 from overleap.model.moe import MoE
 from overleap.model.transformer import Transformer
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpertStats:
-    """What bounding the experts in memory has cost and brought so far.
-
-    kept         uses of an expert in a layer of a step that found it in memory from earlier on
-    ahead        that found it read, or being read, because it was expected
-    missed       that had to wait for it from the start
-    read_ahead   experts that were read because they were expected; `right` of them were then used
-    read_bytes   of experts brought into memory
-    waited_s     that the model waited for them
-    bounded      False where the system keeps pages as long as it likes
-    """
-
-    kept: int
-    ahead: int
-    missed: int
-    read_ahead: int
-    right: int
-    read_bytes: int
-    resident_bytes: int
-    bound_bytes: int
-    waited_s: float
-    bounded: bool
 
 
 class Resident:
@@ -65,7 +40,7 @@ class Resident:
         self._layers = [layer for layer in found if isinstance(layer, MoE)]
         self._main = len(model.layers)  # the others are asked by the draft, not by a step
         self._bound = bound_bytes
-        self._shelf = Shelf(placed.experts, bound_bytes - placed.weights.edge_bytes)
+        self._shelf = Shelf(placed.experts, bound_bytes)
         self._hook = model.register_forward_pre_hook(self._begin)
         for number, layer in enumerate(self._layers):
             layer.before = partial(self._before, number)

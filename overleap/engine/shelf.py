@@ -24,7 +24,7 @@ GONE, ASKED, COMING, HERE = range(4)
 
 @dataclass
 class Counts:
-    """See resident.ExpertStats."""
+    """See request.ExpertStats."""
 
     kept: int = 0
     ahead: int = 0
@@ -50,7 +50,7 @@ class Shelf:
         half_life: float = HALF_LIFE,
     ) -> None:
         self._extents = [expert for layer in extents for expert in layer]
-        self._size = [sum(e.size for e in expert) for expert in self._extents]
+        self._size = [sum(e.memory for e in expert) for expert in self._extents]
         self._layers, self._experts = len(extents), len(extents[0])
         self._room, self._held, self._half_life = room, 0, half_life
         count = len(self._extents)
@@ -68,9 +68,9 @@ class Shelf:
         self._error: OverleapError | None = None
         self._changed, self._open = threading.Condition(), True
         self.lets_go = all(e.pages.lets_go for expert in self._extents for e in expert)
-        for expert in self._extents:
-            for e in expert:
-                e.pages.scatter(e.start, e.end)
+        every = [e for expert in self._extents for e in expert]
+        for place, e in enumerate(sorted(every, key=lambda e: (str(e.pages.path), e.start))):
+            e.pages.scatter(e.start, e.end, odd=place % 2 == 1)
         self._readers = [
             threading.Thread(target=self._read_on, name=f"experts-{n}", daemon=True)
             for n in range(READERS)
