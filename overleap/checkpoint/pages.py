@@ -82,18 +82,22 @@ class Pages:
     def scatter(self, start: int, end: int, odd: bool = False) -> None:
         """Bytes start..end of the file will be asked for by hand: no reading around a fault.
 
-        odd  of two neighbours one is, so that no fault in one maps pages of the other
+        odd  of two neighbours one is
         """
         if self._advise is None:
             return
-        first = start // PAGE * PAGE
-        self._tell(first, end, mmap.MADV_RANDOM)
-        if self._huge:
-            self._tell(first, end, mmap.MADV_HUGEPAGE)
+        self._tell(start // PAGE * PAGE, end, mmap.MADV_RANDOM)
         # A fault maps all that the system's cache has around it (Linux 6.18: up to 2 MiB), but
-        # stays within memory of one kind. Whether a core dump has it is a kind without effect.
-        if odd:
-            self._tell(first, end, mmap.MADV_DONTDUMP)
+        # stays within memory of one kind. So neighbours, and the page they share, are made of
+        # different kinds; whether a core dump has it is one that changes nothing else.
+        inner, outer = _whole(start, end, PAGE)
+        if outer > inner:
+            if self._huge:
+                self._tell(inner, outer, mmap.MADV_HUGEPAGE)
+            if odd:
+                self._tell(inner, outer, mmap.MADV_DONTDUMP)
+        for at in {n // PAGE * PAGE for n in (start, end) if n % PAGE}:
+            self._tell(at, at + PAGE, mmap.MADV_NOHUGEPAGE)
 
     def read(self, start: int, end: int, room: bytearray) -> None:
         """Have bytes start..end in memory; returns when they are. Raises CheckpointError.
@@ -126,10 +130,15 @@ class Pages:
     def _unreadable(self, start: int, reason: str | None) -> Damaged:
         return Damaged([Problem(self.path.name, None, f"not readable at byte {start}: {reason}")])
 
-    def drop(self, start: int, end: int) -> None:
-        """Give back the memory of start..end, in the system's cache of files as well."""
+    def unmap(self, start: int, end: int) -> None:
+        """Take the memory of start..end off this process; the system's cache may keep it."""
         if self._advise is not None:
             self._tell(start // PAGE * PAGE, end, mmap.MADV_DONTNEED)
+
+    def drop(self, start: int, end: int) -> None:
+        """As unmap, and the system's cache gives it back too."""
+        if self._advise is not None:
+            self.unmap(start, end)
             os.posix_fadvise(self._file, start, end - start, os.POSIX_FADV_DONTNEED)
 
     def _tell(self, first: int, end: int, advice: int) -> int:
@@ -167,12 +176,17 @@ class Placed:
 def placed(checkpoint: Checkpoint, model: Transformer) -> Placed:
     """Which weights are views of mapped files, and where the routed experts are among them.
 
-    Rows of the embedding are told to be read one by one from here on.
+    Rows of the embedding are told to be read one by one from here on, and the mapped bytes of what
+    was converted are no longer resident.
     """
     pages = {name: Pages(shard) for name, shard in checkpoint.shards.items()}
     fixed, row = 0, 0
     parts: dict[str, list[Extent]] = {}
-    for name, tensor in _views(checkpoint, model):
+    views = dict(_views(checkpoint, model))
+    for name in checkpoint.table.keys() - views.keys():  # copied, and not looked at again
+        found = checkpoint.found[name]
+        pages[found.file].unmap(found.start, found.end)
+    for name, tensor in views.items():
         found = checkpoint.found[name]
         extent = Extent(pages[found.file], found.start, found.end)
         owner, inside, rest = name.partition(".ffn.experts.")
