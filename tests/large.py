@@ -1,6 +1,6 @@
 """Writes a checkpoint of released widths that is larger than memory: random bytes, in bulk.
 
-    python tests/large.py /tmp/large --layers 8
+    python -m tests.large /tmp/large --layers 8
 
 Every tensor of the official layout, FP8 linears and FP4 experts, in shards as they are released.
 Values are of a size that keeps activations near 1. What it says is nothing; what it weighs is true.

@@ -111,7 +111,7 @@ class Shelf:
             self._changed.notify_all()
 
     def use(self, layer: int, chosen_TX: Tensor) -> None:
-        """A layer has chosen. What was wrongly expected of it is not read any more."""
+        """A layer has chosen. What was expected of it and is not being read yet is forgotten."""
         tokens = len(chosen_TX)
         often = torch.bincount(chosen_TX.flatten(), minlength=self._experts).numpy()
         # As if the uses were spread evenly over the step's tokens, each fading to its end.
@@ -122,8 +122,7 @@ class Shelf:
             self._now = layer
             self._heat[own] += weight * often
             first = own.start
-            wrong = [k for k in self._later if 0 <= k - first < self._experts]
-            self._cancel([k for k in wrong if not often[k - first]])
+            self._cancel([k for k in self._later if 0 <= k - first < self._experts])
             counts, used = self._counts, np.flatnonzero(often) + first
             there = self._state[used] >= COMING
             ahead = there & self._ahead[used]
@@ -158,9 +157,7 @@ class Shelf:
         with self._changed:
             self._needed[:] = False
             self._needed[keys] = True
-            for key in keys[self._state[keys] <= ASKED].tolist():
-                if self._state[key] == ASKED:
-                    self._later.remove(key)
+            for key in keys[self._state[keys] == GONE].tolist():
                 self._state[key] = ASKED
                 self._first.append(key)
             self._changed.notify_all()
