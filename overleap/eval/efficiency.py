@@ -125,14 +125,15 @@ def _lines(axes: "Axes", rows: Sequence[Row], values: Sequence[float], title: st
         last, value = points[-1]
         if model != BASELINE:
             axes.annotate(
-                f"{value / base[last]:.1%}", (last, value), (7, -3), textcoords="offset points", fontsize=9, color=color,
+                f"{value / base[last]:.1%}", (last, value), (7, -3),
+                textcoords="offset points", fontsize=9, color=color,
             )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlim(contexts[0] / 1.5, contexts[-1] * 2.6)
     axes.set_xticks(contexts, [context_label(each) for each in contexts])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.tick_params(labelsize=9)
+    axes.tick_params(labelsize=8.5)
     axes.set_xlabel("context, tokens")
     axes.set_title(title, loc="left", fontsize=11)
 

@@ -13,6 +13,7 @@ from overleap.errors import CapacityError, ConfigError
 from overleap.plan.chips import Chip, chips
 from overleap.plan.cost import USUAL, Cost, Money, Prices, hourly, per_million
 from overleap.plan.memory import (
+    CHUNKS,
     Load,
     Memory,
     Split,
@@ -160,7 +161,7 @@ def _plan(load: Load, machine: Machine, split: Split, money: Money) -> Plan:
     whole = found.total <= have
 
     def fits(other: Load) -> bool:
-        taken = memory(other, chip, split, found.chunk, least=True)
+        taken = memory(other, chip, split, load.chunk or CHUNKS[-1], least=True)
         return (taken.total if whole else taken.least) <= have
 
     context, users = largest_context(load, fits), most_users(load, fits)
