@@ -54,6 +54,10 @@ def bench(
         list[str] | None,
         typer.Option(help="Kernel backend, else `auto`; repeated: compared with the first."),
     ] = None,
+    versus: Annotated[
+        list[str] | None,
+        typer.Option(help="v3.2: the attention of --geometry and of V3.2 at the same width."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's choice else.")] = None,
     seed: Annotated[int, typer.Option(help="Of the text, and of random weights.")] = 0,
     results: Results = Path("results"),
@@ -73,7 +77,7 @@ def bench(
         return
     if depth and to is not None:
         raise RequestError("--depth and --to both say how deep", "give one of them")
-    if plot and (geometry is not None or not save):
+    if plot and (geometry is not None or versus or not save):
         raise RequestError(
             "--plot draws the saved record of a run by depth",
             "leave out --no-save and --geometry",
@@ -81,6 +85,14 @@ def bench(
     backends = backend or ["auto"]
     settings = _settings(backends, threads, seed)
     output = _Output(results, save, plot, as_json)
+    if versus:
+        if versus != ["v3.2"]:
+            raise RequestError(f"--versus is {', '.join(versus)}", "it is v3.2")
+        from overleap.cli.generations import versus_previous
+
+        shown, numbers, settings = versus_previous(geometry, context, backends, settings)
+        _report("generations", _Table(*shown), numbers, settings, None, output)
+        return
     if geometry is not None:
         _geometry(geometry, context, backends, settings, output)
         return
