@@ -2,10 +2,22 @@
 
 The only room that may read the environment. Read next: talk.py (ask, chat, generate), demo.py,
 tools.py (logits, conform, version), models.py (checkpoints), kept.py (prefixes on disk), plan.py
-and compare.py, bench.py, screen.py (the terminal).
+and compare.py, bench.py, doctor.py, screen.py (the terminal).
 """
 
-from overleap.cli import bench, compare, demo, kept, models, plan, talk, tools
+from overleap.cli import bench, compare, demo, doctor, kept, models, plan, talk, tools
 from overleap.cli.app import app, main
 
-__all__ = ["app", "bench", "compare", "demo", "kept", "main", "models", "plan", "talk", "tools"]
+__all__ = [
+    "app",
+    "bench",
+    "compare",
+    "demo",
+    "doctor",
+    "kept",
+    "main",
+    "models",
+    "plan",
+    "talk",
+    "tools",
+]

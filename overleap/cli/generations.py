@@ -21,8 +21,8 @@ def versus_previous(
     context   the longest that is measured, in steps of four times up to it
     """
     from overleap.config import ModelConfig
-    from overleap.eval.efficiency import context_label
-    from overleap.eval.generations import CONTEXTS, generations
+        from overleap.eval.generations import CONTEXTS, generations
+    from overleap.eval.plot import depth_label
     from overleap.kernels import select
 
     name = geometry or "v4-pro"
@@ -43,7 +43,7 @@ def versus_previous(
             rows.append(
                 (
                     backend,
-                    context_label(both.context),
+                    depth_label(both.context),
                     f"{both.own_bytes / 1e9:,.3f}, {both.previous_bytes / 1e9:,.3f} GB",
                     f"{row['cache_ratio']:.2f} ({row['cache_ratio_computed']:.2f})",
                     f"{1000 * both.own_s:,.0f}, {1000 * both.previous_s:,.0f} ms",

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from overleap import kernels
 from overleap.cli import app
-from overleap.errors import BackendError, CapacityError, ConfigError, OverleapError
+from overleap.errors import BackendError, CapacityError, ConfigError, OverleapError, RequestError
 from overleap.eval import record as records
 from overleap.kernels.spec import OP_NAMES
 
@@ -161,8 +161,9 @@ def test_what_cannot_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_both_generations_are_measured(tmp_path: Path) -> None:
-    shown = bench("--versus", "v3.2", "--geometry", "v4-flash", "--context", 4096,
-                  "--backend", "torch", "--backend", "cpu", "--results", tmp_path, "--json")  # fmt: skip
+    both = ("--backend", "torch", "--backend", "cpu")
+    shown = bench("--versus", "v3.2", "--geometry", "v4-flash", "--context", 4096, *both,
+                  "--results", tmp_path, "--json")  # fmt: skip
     record = json.loads(shown.stdout)
     assert record["subject"] == "generations" and record["settings"]["geometry"] == "v4-flash"
     rows = record["numbers"]
