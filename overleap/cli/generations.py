@@ -21,7 +21,7 @@ def versus_previous(
     context   the longest that is measured, in steps of four times up to it
     """
     from overleap.config import ModelConfig
-        from overleap.eval.generations import CONTEXTS, generations
+    from overleap.eval.generations import CONTEXTS, generations
     from overleap.eval.plot import depth_label
     from overleap.kernels import select
 
