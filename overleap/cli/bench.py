@@ -4,6 +4,7 @@ Not here: the measuring (eval/speed.py, eval/geometry.py), the record (eval/reco
 picture (eval/plot.py).
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -154,6 +155,7 @@ def _speed(
                 native=native(backend),
                 progress=bar,
             )
+        settings["config"] = json.dumps(built.config.to_dict())  # `overleap plan` learns from it
         del built  # before the next one is opened
     settings["model"] = name
     numbers = rows_of(found)

@@ -4,6 +4,7 @@ No torch: an answer takes less than a second. Not here: the formulas (overleap/p
 (eval/efficiency.py). Read next: plan/answer.py.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from overleap.config import PRESETS, ModelConfig
 from overleap.engine.budget import parse_bytes
 from overleap.errors import ConfigError, RequestError
 from overleap.machine import size
+from overleap.plan import calibrate
 
 
 class _Default(TyperGroup):
@@ -69,6 +71,7 @@ def fit(
     other: Annotated[float, typer.Option(help="USD an hour for the rest.", min=0)] = 0.0,
     busy: Annotated[float, typer.Option(help="Share of the time at work.", min=0.01, max=1)] = 1.0,
     price: Prices = None,
+    results: Annotated[Path, typer.Option(help="Records of this machine.")] = Path("results"),
     as_json: Json = False,
 ) -> None:
     """Say whether a model fits, with how much context, for how many, how fast, for how much.
@@ -88,14 +91,19 @@ def fit(
         plan.plan(load, plan.Machine(one, count, ram_bytes, parse_bytes(disk_speed)), money)
         for one in _chips(chip, have)
     ]
-    others = list(plan.machines(load, money)) if not chip and have is None else []
+    here = not chip and have is None
+    others = list(plan.machines(load, money)) if here else []
+    known = _forecast(found[0], results) if here else None
     if as_json:
         rows = [each.row() for each in found]
-        facts = {"model": model, "parameters": plan.parameters(config)}
-        screen.put_json(facts | {"plans": rows, "machines": [each.row() for each in others]})
+        facts: dict[str, Any] = {"model": model, "parameters": plan.parameters(config)}
+        facts |= {"plans": rows, "measured_here": None if known is None else asdict(known)}
+        screen.put_json(facts | {"machines": [each.row() for each in others]})
         return
     if len(found) == 1:
         _show(model, found[0], money)
+    if known is not None:
+        print(_measured(known))
     if len(found) > 1 or others:
         _list(model, load, found if len(found) > 1 else others)
 
@@ -160,6 +168,23 @@ def _show(model: str, found: plan.Plan, money: plan.Money) -> None:
         _costs(found, money)
 
 
+def _forecast(found: plan.Plan, results: Path) -> calibrate.Forecast | None:
+    """What records of this machine say of a load that fits into it."""
+    if not found.fits:
+        return None
+    load, runs = found.load, calibrate.runs_of(results, config_of("mini"))
+    chunk = found.memory.chunk
+    return calibrate.forecast(load.config, load.context, chunk, runs, calibrate.Where.here())
+
+
+def _measured(known: calibrate.Forecast) -> str:
+    rests = "of this model" if known.own else "of other models, so a rough guess"
+    return (
+        f"by {known.runs} measurements here {rests}: {1 / known.step_s:,.0f} tokens/s for one "
+        f"user, first token after {_span(known.first_token_s)} (they differ by {known.error:.0%})"
+    )
+
+
 def _verdict(found: plan.Plan) -> str:
     held, store = found.memory, found.store
     if found.fits:
@@ -187,7 +212,8 @@ def _times(found: plan.Plan) -> None:
         bound = "unknown" if time.seconds is None else f"{_span(time.seconds)} or more"
         speed = "" if rate is None else f"{rate:,.1f} tokens/s each"
         rows.append((name, bound, speed, time.binding or ""))
-    screen.put_table("time at best", ("", "", "at most", "bound by"), rows)
+    if any(row[3] for row in rows):
+        screen.put_table("time at best", ("", "", "at most", "bound by"), rows)
     if unknown:
         print(f"unknown, so not counted in these times: {', '.join(unknown)}")
 

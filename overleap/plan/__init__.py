@@ -5,7 +5,7 @@ fits), predict.py (times at best), cost.py, compare.py (the published efficiency
 (what records of this machine say), chips.toml (the makers' figures).
 """
 
-from overleap.plan.answer import Machine, Plan, machines, parameters, plan
+from overleap.plan.answer import Machine, Plan, machines, parameters, plan, running
 from overleap.plan.chips import Chip, bare, chip, chips, with_memory
 from overleap.plan.compare import Assumptions, compare
 from overleap.plan.cost import Cost, Money, Prices
@@ -29,5 +29,6 @@ __all__ = [
     "machines",
     "parameters",
     "plan",
+    "running",
     "with_memory",
 ]

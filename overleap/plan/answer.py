@@ -10,7 +10,8 @@ from typing import Any
 from overleap.cache import layout
 from overleap.config import ModelConfig
 from overleap.errors import CapacityError, ConfigError
-from overleap.plan.chips import Chip, chips
+from overleap.machine import free_bytes, resident_bytes
+from overleap.plan.chips import Chip, bare, chips, with_memory
 from overleap.plan.cost import USUAL, Cost, Money, Prices, hourly, per_million
 from overleap.plan.memory import (
     CHUNKS,
@@ -145,6 +146,23 @@ def machines(load: Load, money: Money = USUAL) -> Iterator[Plan]:
             if found.fits:
                 yield found
                 break
+
+
+def running(load: Load, chip: Chip | None = None, money: Money = USUAL) -> dict[str, Any]:
+    """What a process that serves this model can carry, as Plan.row() says it; for a server's page.
+
+    Memory is what the process has now and what is free. `most_users` texts of load.context tokens
+    fit, `largest_context` for load.users; `usd_per_million` has the prices of tokens.
+
+    chip  whose rates, power and price count, with this machine's memory; None: those are unknown
+    Raises ConfigError where the system does not tell how much memory is free.
+    """
+    free = free_bytes()
+    if free is None:
+        raise ConfigError("this system does not tell how much memory is free")
+    have = resident_bytes() + free
+    here = bare(have, "this machine", "here") if chip is None else with_memory(chip, have)
+    return plan(load, Machine(here), money).row()
 
 
 def _worse(found: Plan) -> tuple[float, ...]:

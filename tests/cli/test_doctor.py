@@ -166,7 +166,7 @@ def test_fewer_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     from overleap.eval import record
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(record, "_cores", lambda: 8)
+    monkeypatch.setattr(record, "cores", lambda: 8)
     check = found(doctor._processor(), "cores")
     assert check.level is Level.WARNING and "OMP_NUM_THREADS is 1" in check.value
 

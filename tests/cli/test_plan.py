@@ -151,3 +151,40 @@ def test_prices_and_rates_are_options() -> None:
     assert dear["depreciation"] == pytest.approx(4 * usual["depreciation"])
     assert output("--power-price", 0.2)["power"] == pytest.approx(2 * usual["power"])
     assert output("--busy", 0.5, "--other", 3)["other"] > 0
+
+
+def this_machines(folder: Path, model: str = "mini") -> None:
+    """Two records in which this machine writes 100 and 110 tokens a second at any depth."""
+    from overleap import machine
+
+    lines = []
+    for date, rate in (("2026-01-01T00:00", 100.0), ("2026-01-02T00:00", 110.0)):
+        row = {"depth_tokens": 1024, "interval_tokens_per_s": 1000.0, "decode_tokens_per_s": rate}
+        row |= {"cache_bytes": 546176, "base_bytes": 300 * 2**20, "peak_process_bytes": 330 * 2**20}
+        where = {"cpu": machine.cpu_info().get("model name", ""), "cores": machine.cores()}
+        settings = {"model": model, "backend": "auto", "threads": machine.cores()}
+        settings |= {"cache": "release", "chunk_tokens": 512, "decode_steps": 16}
+        facts = {"date": date, "machine": where, "settings": settings, "numbers": [row]}
+        lines.append(json.dumps({"format": "overleap.record/1"} | facts) + "\n")
+    (folder / "speed.jsonl").write_text("".join(lines))
+
+
+def test_check_holds_records_against_each_other(tmp_path: Path) -> None:
+    this_machines(tmp_path)
+    said = json_of("check", "--results", tmp_path, "--save")
+    assert [round(run["decode_error"], 3) for run in said["runs"]] == [0.1, -0.091]
+    assert said["errors"]["cache_worst"] == 0 and said["errors"]["peak_worst"] < 0.2
+    assert (tmp_path / "plan.jsonl").exists()
+    shown = run("check", "--results", tmp_path).stdout
+    assert "exact" in shown and "median (worst) error" in shown
+    with pytest.raises(RequestError, match="has no record of this machine"):
+        run("check", "--results", tmp_path / "nothing")
+
+
+def test_records_refine_what_is_said_of_this_machine(tmp_path: Path) -> None:
+    this_machines(tmp_path)
+    known = json_of("mini", "--context", 1024, "--results", tmp_path)["measured_here"]
+    assert known["own"] and known["runs"] == 2
+    assert 100 <= 1 / known["step_s"] <= 110
+    assert "measurements here of this model" in run("mini", "--results", tmp_path).stdout
+    assert json_of("mini", "--results", tmp_path / "nothing")["measured_here"] is None

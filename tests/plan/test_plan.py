@@ -23,6 +23,7 @@ from overleap.plan import (
     chips,
     machines,
     plan,
+    running,
     with_memory,
 )
 from overleap.plan.memory import Split, memory, splits
@@ -406,3 +407,19 @@ def test_precision_and_cache_format() -> None:
         for each in (CacheFormat.WIDE, CacheFormat.RELEASE)
     )
     assert form - packed > 8194 * (1_761_280 - 449_824)
+
+
+def test_what_a_serving_process_can_carry(monkeypatch: pytest.MonkeyPatch) -> None:
+    mini = ModelConfig.from_checkpoint(locate("mini"))
+    monkeypatch.setattr("overleap.plan.answer.free_bytes", lambda: GIB)
+    monkeypatch.setattr("overleap.plan.answer.resident_bytes", lambda: GIB // 2)
+    bare_row = running(Load(mini, M))
+    assert bare_row["have_bytes"] == GIB * 3 // 2 and bare_row["fits"]
+    assert bare_row["most_users"] == plan(Load(mini, M), Machine(bare(GIB * 3 // 2))).most_users
+    assert bare_row["usd_per_million"]["output"] is None
+    priced = running(Load(mini, M), chip("epyc-9755"))
+    assert priced["have_bytes"] == bare_row["have_bytes"]
+    assert priced["usd_per_million"]["output"]["total"] > 0
+    monkeypatch.setattr("overleap.plan.answer.free_bytes", lambda: None)
+    with pytest.raises(ConfigError, match="does not tell"):
+        running(Load(mini, M))
