@@ -20,6 +20,10 @@ from overleap.machine import peak_resident_bytes, size
 
 Results = Annotated[Path, typer.Option(help="Folder of the record.")]
 Save = Annotated[bool, typer.Option(help="Add the record to the folder.")]
+Versus = Annotated[
+    list[str] | None,
+    typer.Option(help="v3.2: the attention of --geometry and of V3.2 at the same width."),
+]
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,7 @@ def bench(
         list[str] | None,
         typer.Option(help="Kernel backend, else `auto`; repeated: compared with the first."),
     ] = None,
-    versus: Annotated[
-        list[str] | None,
-        typer.Option(help="v3.2: the attention of --geometry and of V3.2 at the same width."),
-    ] = None,
+    versus: Versus = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's choice else.")] = None,
     seed: Annotated[int, typer.Option(help="Of the text, and of random weights.")] = 0,
     results: Results = Path("results"),
@@ -87,12 +88,7 @@ def bench(
     settings = _settings(backends, threads, seed)
     output = _Output(results, save, plot, as_json)
     if versus:
-        if versus != ["v3.2"]:
-            raise RequestError(f"--versus is {', '.join(versus)}", "it is v3.2")
-        from overleap.cli.generations import versus_previous
-
-        shown, numbers, settings = versus_previous(geometry, context, backends, settings)
-        _report("generations", _Table(*shown), numbers, settings, None, output)
+        _generations(versus, geometry, context, backends, settings, output)
         return
     if geometry is not None:
         _geometry(geometry, context, backends, settings, output)
@@ -236,6 +232,23 @@ def _geometry(
     settings |= {"geometry": name, "context_tokens": tokens}
     columns = ("backend", "part of a decode step", "layers", "time", "cache bytes read", "GB/s")
     _report("geometry", _Table(title, columns, rows), numbers, settings, None, output)
+
+
+def _generations(
+    versus: list[str],
+    geometry: str | None,
+    tokens: int,
+    backends: list[str],
+    settings: dict[str, Any],
+    output: _Output,
+) -> None:
+    """The attention of V4 and of V3.2, measured."""
+    from overleap.cli.generations import NAME, versus_previous
+
+    if versus != [NAME]:
+        raise RequestError(f"--versus is {', '.join(versus)}", f"it is {NAME}")
+    shown, numbers, settings = versus_previous(geometry, tokens, backends, settings)
+    _report("generations", _Table(*shown), numbers, settings, None, output)
 
 
 @dataclass(frozen=True)

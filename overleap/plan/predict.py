@@ -91,8 +91,8 @@ def prefill_time(load: Load, chip: Chip, split: Split, store: Store, chunk: int)
     read = read_flops(load.config, 0, tokens)
     counted = _per_chip(load.config, read, read, 1, split)
     each = min(chunk, tokens)
-    # A chunk passes once over what it can see: on average half of the final entries and keys.
-    cache = steps * layout.stored_bytes(load.config, tokens, load.cache_format) / 2
+    # A chunk reads at least what one query reads; on average half of what the last one does.
+    cache = steps * step_cache_bytes(load, tokens) / 2
     return _time(load, chip, split, store, counted, (each, each), steps, cache)
 
 

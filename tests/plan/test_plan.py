@@ -313,6 +313,27 @@ def test_the_most_users_fit_and_one_more_does_not(name: str, count: int) -> None
     assert found.most_users > 1
 
 
+def test_reading_by_hand() -> None:
+    """Flash on a B200, 131,072 tokens in 256 steps of 512, each of which uses every expert.
+
+    Bytes: 256 x (7.949 GB beside the embedding + 43/44 of 150.592 GB of experts) and 256 halves of
+    what the last query reads. Operations: 24.7 GFLOP a token at 4.5 PFLOP/s, and the rest.
+    """
+    found = plan(Load(ModelConfig.preset("v4-flash"), 131072), Machine(chip("b200")))
+    time = found.first_token
+    assert time is not None and time.seconds is not None and time.binding == "memory bandwidth"
+    used = 1 - (250 / 256) ** 512
+    cache = 21 * (32_768 * 68 + 640 * 584) + 20 * 1_152 * 584 + 2 * 128 * 584
+    read = 256 * (7_948_825_160 + used * FLASH.experts * 43 / 44 + cache / 2)
+    assert time.seconds == pytest.approx(read / 8e12)
+    # All but the indexer: 2 x (13.270e9 - 0.927e9 of BF16 and the head) and attention.
+    dense = 131072 * (11_714_691_072 + 12_985_565_184)
+    assert dense / 4.5e15 < time.by["matmul"] < 2 * dense / 4.5e15
+    large = plan(Load(ModelConfig.preset("v4-flash"), 131072, chunk=8192), found.machine)
+    assert large.first_token is not None and large.first_token.seconds is not None
+    assert large.first_token.seconds < time.seconds / 4
+
+
 def test_splits_divide_chips_and_output_groups() -> None:
     flash = ModelConfig.preset("v4-flash")  # 8 output groups
     assert [s.tensor for s in splits(flash, 16)] == [1, 2, 4, 8]
