@@ -76,12 +76,14 @@ def generations(
     contexts: Sequence[int] = CONTEXTS,
     *,
     repeats: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Both]:
     """Measure every context, multiples of 128. Times are the fastest of the repeats, of both alike:
     other work on the machine only ever adds to them.
 
+    clock  seconds; time.process_time where one thread computes and others share its core
     Raises CapacityError where the largest layer does not fit into what is free.
     """
     shape, layers = Shape.like(config), config.num_hidden_layers
@@ -95,8 +97,8 @@ def generations(
         )
     found = []
     for done, context in enumerate(contexts):
-        own = _own(config, ops, context, repeats, seed)
-        scan, step, held = _previous(shape, context, repeats, seed)
+        own = _own(config, ops, context, repeats, clock, seed)
+        scan, step, held = _previous(shape, context, repeats, clock, seed)
         if progress is not None:
             progress(done + 1, len(contexts))
         windows = config.sliding_window * layers * own.window_row
@@ -128,7 +130,14 @@ class _Own:
     scan_s: float
 
 
-def _own(config: ModelConfig, ops: Ops, context: int, repeats: int, seed: int) -> _Own:
+def _own(
+    config: ModelConfig,
+    ops: Ops,
+    context: int,
+    repeats: int,
+    clock: Callable[[], float],
+    seed: int,
+) -> _Own:
     """A layer of each kind that the model has, by how many it has."""
     pages, step, scan, row = 0, 0.0, 0.0, 0
     for kind, ratio in KINDS.items():
@@ -139,7 +148,9 @@ def _own(config: ModelConfig, ops: Ops, context: int, repeats: int, seed: int) -
             num_hidden_layers=1, num_nextn_predict_layers=0, num_hash_layers=0,
             compress_ratios=(ratio,),
         )  # fmt: skip
-        measured: Geometry = geometry(one, ops, context, repeats=repeats, pick=min, seed=seed)
+        measured: Geometry = geometry(
+            one, ops, context, repeats=repeats, pick=min, clock=clock, seed=seed
+        )
         pages += count * measured.page_bytes
         step += count * sum(part.step_s for part in measured.parts)
         scan += count * sum(part.step_s for part in measured.parts if "scan" in part.part)
@@ -147,7 +158,9 @@ def _own(config: ModelConfig, ops: Ops, context: int, repeats: int, seed: int) -
     return _Own(pages, row, step, scan)
 
 
-def _previous(shape: Shape, context: int, repeats: int, seed: int) -> tuple[float, float, int]:
+def _previous(
+    shape: Shape, context: int, repeats: int, clock: Callable[[], float], seed: int
+) -> tuple[float, float, int]:
     """Fastest seconds of the scan and of a whole step of one V3.2 layer, and its bytes."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -169,12 +182,12 @@ def _previous(shape: Shape, context: int, repeats: int, seed: int) -> tuple[floa
     with torch.inference_mode():
         layer.attend(q, layer.choose(index_q, weight), scale)  # the first call allocates
         for _ in range(repeats):
-            began = time.perf_counter()
+            began = clock()
             chosen = layer.choose(index_q, weight)
-            scanned = time.perf_counter()
+            scanned = clock()
             layer.attend(q, chosen, scale)
             scans.append(scanned - began)
-            steps.append(time.perf_counter() - began)
+            steps.append(clock() - began)
     return min(scans), min(steps), layer.nbytes
 
 
