@@ -60,6 +60,14 @@ def native(wanted: str = "auto", device: str = "cpu") -> bool:
     )
 
 
+def shortfall(device: str = "cpu") -> str | None:
+    """Why what is made for this type of device serves nothing, in one sentence; None if it does."""
+    rows = [row for row in table("auto", device) if row.op not in LEFT_TO_TORCH]
+    if not PREFERRED.get(device) or any(row.backend != DEFINITION for row in rows):
+        return None
+    return f"the torch backend serves every op: {rows[0].reason}"
+
+
 def _decide(wanted: str, device: str) -> tuple[dict[str, Any], list[Served]]:
     line = PREFERRED.get(device, ()) if wanted == "auto" else (wanted,)
     found: dict[str, Any] = {}
