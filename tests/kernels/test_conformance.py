@@ -22,7 +22,7 @@ from overleap.kernels.conformance.exact import index_scores, nearest, scale_of
 from overleap.kernels.spec import Ops, Pool
 from overleap.kernels.torch import quant
 from tests.kernels.coarse_mutants import COARSE
-from tests.kernels.mutants import CHOOSING
+from tests.kernels.mutants import CHOOSING, EXTREME
 
 GOOD = select("torch")
 
@@ -271,7 +271,11 @@ MUTANTS: dict[str, tuple[str, Callable[..., Any], str]] = {
         "",
     ),
     **CHOOSING,
+<<<<<<< HEAD
     **COARSE,
+=======
+    **EXTREME,
+>>>>>>> 3310059 (Conformance at the edges: every code with every size of scale, no tokens)
 }
 
 

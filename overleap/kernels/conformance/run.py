@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
-from itertools import cycle
+from itertools import chain, cycle
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from overleap.kernels.conformance.cases import Case, Cases
 from overleap.kernels.conformance.ceilings import Ceilings, last_cache_bytes
 from overleap.kernels.conformance.compare import Finding, wrong
 from overleap.kernels.conformance.draw import Draw
+from overleap.kernels.conformance.edges import EDGES
 from overleap.kernels.cost import Cost, cost
 from overleap.kernels.spec import Ops
 
@@ -153,7 +154,7 @@ def _try(ops: Ops, name: str, draw: Draw, timed: bool, enough_s: float) -> list[
     op = getattr(ops, name, None)
     verdicts, large = [], []
     ended = time.perf_counter() + enough_s
-    for case in CASES[name](draw, timed):
+    for case in chain(EDGES[name](draw, timed) if name in EDGES else (), CASES[name](draw, timed)):
         found = _judge(op, case)
         label = f"{case.name} {str(case.dtype).removeprefix('torch.')}"
         passed = found.error <= case.tolerance
