@@ -63,7 +63,7 @@ def native(wanted: str = "auto", device: str = "cpu") -> bool:
 def shortfall(device: str = "cpu") -> str | None:
     """Why what is made for this type of device serves nothing, in one sentence; None if it does."""
     rows = [row for row in table("auto", device) if row.op not in LEFT_TO_TORCH]
-    if not PREFERRED.get(device) or any(row.backend != DEFINITION for row in rows):
+    if not PREFERRED.get(device) or any(row.backend in PREFERRED[device] for row in rows):
         return None
     return f"the torch backend serves every op: {rows[0].reason}"
 

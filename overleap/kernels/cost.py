@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from overleap.cache.layout import CacheFormat, entry_bytes, key_bytes
-from overleap.kernels.spec import Choice, Experts, Pool, RowFormat, Spans, Weight
+from overleap.kernels.spec import Choice, Experts, Joint, Pool, RowFormat, Spans, Weight
 
 Unit = Literal["f32", "bf16", "int8"]
 
@@ -266,6 +266,109 @@ def orthogonalise(matrix: Tensor) -> Cost:
     return Cost(matrix.numel() * (matrix.itemsize + 4), operations, "bf16")
 
 
+# Coarse ops: what lies between the fine ones is neither written nor read.
+
+
+def project(
+    x: Tensor, parts: tuple[Joint, ...], norm: Tensor | None = None, eps: float = 0.0
+) -> Cost:
+    """x once, all weights, all results."""
+    bytes_, operations = nbytes(x, norm), 0 if norm is None else 4 * x.numel()
+    for part in parts:
+        bytes_ += nbytes(*part.weights)
+        bytes_ += x.shape[0] * part.outputs * (4 if part.wide else x.itemsize)
+        operations += 2 * x.numel() * part.outputs
+    first = parts[0]
+    return Cost(bytes_, operations, _unit(x, first.weights[0], first.round_input))
+
+
+def project_back(o_TGI: Tensor, inner: Weight, outer: Joint) -> Cost:
+    """Both products."""
+    (weight,) = outer.weights
+    latent = o_TGI.shape[0] * inner.data.shape[0]
+    out = o_TGI.shape[0] * outer.outputs
+    moved = nbytes(o_TGI, inner, weight) + out * (4 if outer.wide else o_TGI.itemsize)
+    operations = 2 * latent * (o_TGI.shape[2] + outer.outputs)
+    return Cost(moved, operations, _unit(o_TGI, inner, False))
+
+
+def norm_rope_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float | None,
+    position: Tensor,
+    frequency: Tensor,
+    mixed: bool,
+    row: RowFormat,
+) -> Cost:
+    """Values in, rows out."""
+    stored, turn = quantize(x, row), rotate(x, position, frequency, False)
+    operations = stored.operations + turn.operations
+    if eps is not None:
+        operations += rms_norm(x, weight, eps).operations
+    if mixed:
+        operations += hadamard(x).operations
+    return Cost(stored.bytes + nbytes(weight, position, frequency), operations)
+
+
+def compress_write(rows_T2W: Tensor, tail: Tensor, ape: Tensor, ratio: int, spans: Spans) -> Cost:
+    """As compress, and the tail's rows written."""
+    pooled = compress(rows_T2W, tail, ape, ratio, spans)
+    return Cost(pooled.bytes + window_write(tail, rows_T2W, spans).bytes // 2, pooled.operations)
+
+
+def attend_write(
+    q_THK: Tensor,
+    fresh_T: Tensor,
+    ring: Pool,
+    entries: Pool | None,
+    chosen_Tk: Tensor | None,
+    ratio: int,
+    sink_H: Tensor,
+    scale: float,
+    window: int,
+    spans: Spans,
+    frequency: Tensor,
+) -> Cost:
+    """As attend, and the ring's rows written."""
+    seen = attend(q_THK, fresh_T, ring, entries, chosen_Tk, ratio, sink_H, scale, window, spans)
+    written = window_write(ring.rows, fresh_T, spans).bytes // 2
+    turn = rotate(q_THK, spans.position_T, frequency, True).operations
+    return Cost(seen.bytes + written + nbytes(frequency), seen.operations + turn, seen.unit)
+
+
+def mixture(
+    x_TD: Tensor,
+    ids_TX: Tensor,
+    weight_TX: Tensor,
+    routed: Experts,
+    shared: Experts,
+    limit: float,
+) -> Cost:
+    """As experts, and the shared ones for every token."""
+    chosen = experts(x_TD, ids_TX, weight_TX, routed, limit, routed.w1[0].packed)
+    always = sum(nbytes(*part) for part in (shared.w1, shared.w2, shared.w3))
+    inner = sum(w.data.shape[0] for w in shared.w1)
+    operations = x_TD.shape[0] * inner * (6 * x_TD.shape[1] + 4)
+    return Cost(chosen.bytes + always, chosen.operations + operations, chosen.unit)
+
+
+def hc_pre_norm(
+    x_TMD: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+    norm: Tensor,
+) -> Cost:
+    """As hc_pre, and the norm of its y."""
+    made = hc_pre(x_TMD, fn, base, scale, iterations, eps, norm_eps)
+    extra = 4 * x_TMD.shape[0] * x_TMD.shape[2]
+    return Cost(made.bytes + nbytes(norm), made.operations + extra)
+
+
 COSTS: dict[str, Callable[..., Cost]] = {
     "matmul": matmul,
     "grouped_matmul": grouped_matmul,
@@ -286,4 +389,11 @@ COSTS: dict[str, Callable[..., Cost]] = {
     "hc_post": hc_post,
     "sample": sample,
     "orthogonalise": orthogonalise,
+    "project": project,
+    "project_back": project_back,
+    "norm_rope_quantize": norm_rope_quantize,
+    "compress_write": compress_write,
+    "attend_write": attend_write,
+    "mixture": mixture,
+    "hc_pre_norm": hc_pre_norm,
 }

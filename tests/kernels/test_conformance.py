@@ -271,11 +271,8 @@ MUTANTS: dict[str, tuple[str, Callable[..., Any], str]] = {
         "",
     ),
     **CHOOSING,
-<<<<<<< HEAD
     **COARSE,
-=======
     **EXTREME,
->>>>>>> 3310059 (Conformance at the edges: every code with every size of scale, no tokens)
 }
 
 
