@@ -79,7 +79,7 @@ def _decide(wanted: str, device: str) -> tuple[dict[str, Any], list[Served]]:
         except BackendError as error:
             if wanted != "auto":
                 raise
-            why = {op: reason or f"{name}: {error}" for op, reason in why.items()}
+            why = {op: reason or f"{name}: {error.message}" for op, reason in why.items()}
             continue
         for op in OP_NAMES:
             if op not in found and op in having:

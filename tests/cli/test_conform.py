@@ -82,7 +82,7 @@ def test_a_red_op_is_not_measured(red: str, tmp_path: Path) -> None:
     for what in (["random", "--depth", 7], ["--geometry", "v4-flash", "--context", 256]):
         with pytest.raises(BackendError, match="its op hadamard is wrong") as refused:
             run("bench", *what, "--backend", red, "--results", tmp_path)
-        assert str(refused.value).count(". ") == 0  # one sentence
+        assert "\n" not in refused.value.message
         assert f"overleap conform --backend {red} --op hadamard" in str(refused.value.hint)
     assert list(tmp_path.iterdir()) == []
     assert run("conform", "--backend", red, "--op", "hadamard").exit_code == 1

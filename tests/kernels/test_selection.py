@@ -110,6 +110,7 @@ def unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_the_extension_torch_serves_and_says_why(unbuilt: None, seed: int) -> None:
     said = shortfall()
     assert said is not None and said.startswith("the torch backend serves every op: cpu: ")
+    assert "\n" not in said
     assert not native()
     assert {row.backend for row in table()} == {"torch", kernels.COMPOSED}
     assert all("native kernels are not there" in row.reason for row in table())
