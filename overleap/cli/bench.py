@@ -116,10 +116,12 @@ def bench(
 
 
 def _settings(backends: list[str], threads: int | None, seed: int) -> dict[str, Any]:
-    """What every record says of how it was measured. A backend that cannot serve raises here."""
+    """What every record says of how it was measured. A backend that cannot serve, or that serves
+    an op wrongly, raises here."""
     import torch
 
     from overleap.kernels import table
+    from overleap.kernels.conformance import refuse_red
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -131,6 +133,8 @@ def _settings(backends: list[str], threads: int | None, seed: int) -> dict[str, 
         "seed": seed,
     }
     for name in backends:
+        screen.note(f"proving the ops of {name}")
+        refuse_red(name)
         who: dict[str, list[str]] = {}
         for line in table(name):
             who.setdefault(line.backend, []).append(line.op)
