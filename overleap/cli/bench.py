@@ -4,6 +4,7 @@ Not here: the measuring (eval/speed.py, eval/geometry.py), the record (eval/reco
 picture (eval/plot.py).
 """
 
+import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ Peers = Annotated[
     list[str] | None,
     typer.Option(
         help="Compare with `transformers` or `llama.cpp` in the same run; NAME:8192 asks it "
-        "for no more than 8192 tokens. May be repeated."
+        "for no more than 8192 tokens. May be repeated. Or `v3.2`: attention at --geometry alone."
     ),
 ]
 
@@ -86,7 +87,7 @@ def bench(
         return
     if depth and to is not None:
         raise RequestError("--depth and --to both say how deep", "give one of them")
-    if plot and (geometry is not None or not save):
+    if plot and (geometry is not None or versus or not save):
         raise RequestError(
             "--plot draws the saved record of a run by depth",
             "leave out --no-save and --geometry",
@@ -94,6 +95,9 @@ def bench(
     backends = backend or ["auto"]
     settings = _settings(backends, threads, seed)
     output = _Output(results, save, plot, as_json)
+    if versus and "v3.2" in versus:
+        _generations(versus, geometry, context, backends, settings, output)
+        return
     if geometry is not None:
         _geometry(geometry, context, backends, settings, output)
         return
@@ -161,6 +165,7 @@ def _speed(
                 native=native(backend),
                 progress=bar,
             )
+        settings["config"] = json.dumps(built.config.to_dict())  # `overleap plan` learns from it
         del built  # before the next one is opened
     settings["model"] = name
     numbers = rows_of(found)
@@ -243,6 +248,23 @@ def _geometry(
     settings |= {"geometry": name, "context_tokens": tokens}
     columns = ("backend", "part of a decode step", "layers", "time", "cache bytes read", "GB/s")
     _report("geometry", screen.Shown(title, columns, rows), numbers, settings, None, output)
+
+
+def _generations(
+    versus: list[str],
+    geometry: str | None,
+    tokens: int,
+    backends: list[str],
+    settings: dict[str, Any],
+    output: _Output,
+) -> None:
+    """The attention of V4 and of V3.2, measured."""
+    from overleap.cli.generations import versus_previous
+
+    if len(versus) > 1:
+        raise RequestError(f"--versus names {', '.join(versus)}", "v3.2 stands alone")
+    shown, numbers, settings = versus_previous(geometry, tokens, backends, settings)
+    _report("generations", shown, numbers, settings, None, output)
 
 
 def _report(
