@@ -9,8 +9,6 @@ from typing import Any
 from overleap.cli import screen
 from overleap.errors import RequestError
 
-NAME = "v3.2"
-
 
 def versus_previous(
     geometry: str | None, context: int, backends: list[str], settings: dict[str, Any]
@@ -62,12 +60,12 @@ def versus_previous(
     columns = ("backend", "context", "cache", "ratio (computed)", "time", "ratio",
                "of FLOPs, of FP8 FLOPs")  # fmt: skip
     return (
-        (title, columns, rows),
+        screen.Shown(title, columns, rows),
         numbers,
         settings
         | {
             "geometry": name,
-            "versus": NAME,
+            "versus": "v3.2",
             "clock": "processor" if alone else "wall",
         },
     )
