@@ -5,6 +5,7 @@ Not a documentation tool: three pages, plain Markdown. tests/test_docs.py fails 
 
 import ast
 import inspect
+import math
 from pathlib import Path
 
 import click
@@ -13,6 +14,8 @@ import typer
 import overleap.errors
 from overleap.cli import app
 from overleap.kernels import spec
+from overleap.kernels.conformance import RULES
+from overleap.kernels.cost import COSTS
 
 REFERENCE = Path(__file__).parent / "reference"
 NOTE = "<!-- written by docs/generate.py; change the code, then run `make docs` -->\n"
@@ -56,8 +59,21 @@ def ops() -> str:
     for method in protocol.body:
         if isinstance(method, ast.FunctionDef):
             text = ast.get_docstring(method) or ""
-            out.append(f"## `{method.name}`\n\n```\n{_signature(method)}\n\n{text}\n```\n")
+            contract = f"```\n{_signature(method)}\n\n{text}\n```\n\n{_rule(method.name)}\n"
+            out.append(f"## `{method.name}`\n\n{contract}")
     return "\n".join(out)
+
+
+def _rule(name: str) -> str:
+    """Error allowed, which of several near answers is right, what a call must move and count."""
+    rule, counted = RULES[name], inspect.cleandoc(COSTS[name].__doc__ or "")
+    sizes = (rule.float32, rule.bfloat16)
+    if not any(sizes):
+        allowed = "no bit may differ"
+    else:
+        f32, bf16 = (f"2^{math.log2(size):g}" for size in sizes)
+        allowed = f"{f32} of the terms' sizes" + f", {bf16} from bf16 inputs" * (bf16 != f32)
+    return f"- error: {allowed}\n- rule: {rule.law}\n- moved and counted: {counted}"
 
 
 def _signature(method: ast.FunctionDef) -> str:

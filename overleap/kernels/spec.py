@@ -204,6 +204,9 @@ class Ops(Protocol):
     Float inputs may be f32 or bf16; results have the dtype of the first tensor
     argument unless the docstring says f32. Accumulation is f32. Nothing is written but what an
     op named *_write says.
+
+    Packed bytes may hold any code; a NaN code or scale gives NaN, weights below 2^-126 may count as
+    zero. Errors allowed and ties: conformance/compare.py. Bytes and operations: cost.py.
     """
 
     def matmul(self, x: Tensor, weight: Weight, round_input: bool, wide: bool = False) -> Tensor:
@@ -212,7 +215,6 @@ class Ops(Protocol):
         round_input rounds x to e4m3 in groups of 128 first (power-of-two scales), as the
         released FP8/FP4 linears do (section 3.6 of the facts).
         wide: the result is f32 whatever x is, not rounded to the dtype of x.
-        Bytes moved: weight once, x and result once. Operations: 2 T N K.
         """
         ...
 
