@@ -40,8 +40,9 @@ def test_the_command_compares_and_records(peer: str, folder: Path, tmp_path: Pat
         assert row["prefills"] == 2 and row["peak_process_bytes"] >= row["base_bytes"] > 0
         assert ("prefill_factor" in row) == (row["program"] == peer)
         assert ("together_factor" in row) == (row["program"] == ours and row["depth_tokens"] == 9)
-    assert record.settings[f"same_best_{peer}"] >= 0.5  # FP8 is not Q8_0, but near
-    assert 0 < record.settings[f"log_probability_off_{peer}"] < 3
+    # FP8 is not Q8_0: how near they are is for test_agreement.py, without rounding.
+    assert 0 <= record.settings[f"same_best_{peer}"] <= 1
+    assert record.settings[f"log_probability_off_{peer}"] > 0
     assert "xllamacpp wheel" in str(record.settings[f"version_of_{peer}"])
     assert record.settings["rounds"] == 2 and "8 at once" in shown.stdout
 
