@@ -21,6 +21,7 @@ from overleap.engine import request as border
 from overleap.engine import runner
 from overleap.engine.budget import SNAPSHOT_BYTES, pages_in
 from overleap.engine.gate import Mode
+from overleap.engine.pace import Pace
 from overleap.engine.request import (
     Completion,
     Event,
@@ -29,11 +30,13 @@ from overleap.engine.request import (
     Handle,
     Progress,
     Request,
+    Scores,
     Stats,
     Token,
     Usage,
 )
 from overleap.engine.run import Run
+from overleap.engine.sampler import score
 from overleap.engine.scheduler import Job, Part, Place, Scheduler
 from overleap.engine.speculate import Speculator
 from overleap.errors import BackendError, CapacityError, ConfigError, OverleapError, RequestError
@@ -87,6 +90,7 @@ class Engine:
             self._cache, snapshot_bytes=snapshot_bytes, model_digest=model_digest, disk=disk
         )
         self._speculator = Speculator(model, self._cache, speculate, self._prefix.enabled)
+        self._pace = Pace()
         self._runs: dict[str, Run] = {}
         self._finished = self._read = self._hit = self._generated = self._peak = 0
         self._prefill_s = self._decode_s = 0.0
@@ -106,7 +110,14 @@ class Engine:
         if request.id in self._runs:
             raise RequestError(f"a request with the id {request.id!r} is being served")
         sampling = request.sampling
-        job = Job(request.id, len(request.prompt), sampling.max_tokens)
+        job = Job(
+            request.id,
+            len(request.prompt),
+            sampling.max_tokens,
+            request.flow,
+            request.weight,
+            sampling.prompt_logprobs is not None,
+        )
         self._scheduler.submit(job)
         chain: Chain = []
         if self._prefix.enabled:
@@ -120,6 +131,7 @@ class Engine:
             chain,
             list(request.prompt),
             time.perf_counter(),
+            walk=request.constraint.start() if request.constraint is not None else None,
         )
         return run.handle
 
@@ -166,7 +178,7 @@ class Engine:
         """
         self._scheduler.admit(self._offer)
         self._speculator.prepare([self._runs[job.id] for job in self._scheduler.running])
-        parts = self._scheduler.plan()
+        parts = self._scheduler.plan(self._pace.beside())
         if not parts:
             assert not self._scheduler.waiting, "a request waits for an idle engine"
             return False
@@ -207,9 +219,9 @@ class Engine:
         """Set slot and pages aside for a waiting job, from where a known prefix ends."""
         run = self._runs[job.id]
         # The last prompt token is always computed: its logits choose the first token.
-        usable = job.prompt_tokens - 1
+        usable = 0 if job.scored else job.prompt_tokens - 1
         hit = self._prefix.lookup(run.chain, usable)
-        if self._read_by_another(run, hit.length):
+        if not job.scored and self._read_by_another(run, hit.length):
             return Place.LATER
         needed = job.pages - len(hit.pages)
         if needed > self._cache.pages_free + self._prefix.reclaimable(hit):
@@ -252,6 +264,9 @@ class Engine:
     def _commit(self, run: Run, part: Part, rows: list[Tensor]) -> None:
         """Take note of what a step did for one request, and choose its next tokens."""
         job, reading = run.job, run.job.reading
+        if part.scored:
+            self._score(run, part, rows)
+            rows = rows[-1:] if part.logits else []
         tokens, error = self._speculator.choose(run, part, rows)
         refused = part.drafted - max(0, len(tokens) - 1)
         if refused:
@@ -276,6 +291,17 @@ class Engine:
             self._finish(run, FinishReason.ERROR, error=error)
         elif job.generated == job.max_tokens:
             self._finish(run, FinishReason.LENGTH)
+
+    def _score(self, run: Run, part: Part, rows: list[Tensor]) -> None:
+        """Tell the log-probabilities of the prompt tokens that follow those of the part."""
+        top = run.handle.request.sampling.prompt_logprobs
+        assert top is not None
+        following = run.ids[part.start + 1 : part.start + part.count + 1]
+        scored = tuple(
+            score(logits_V, token, top)
+            for logits_V, token in zip(rows, following, strict=not part.logits)
+        )
+        run.handle.events.append(Scores(scored))
 
     def _remember(self, run: Run, reading: bool) -> None:
         """At a page boundary: take a snapshot, and keep it where one of the prompt is wanted.
@@ -350,6 +376,8 @@ class Engine:
         """Book the tokens and the time of a step."""
         answered = sum(part.count for part in parts if part.start >= part.job.prompt_tokens)
         total = sum(part.count for part in parts)
+        answering = sum(part.start >= part.job.prompt_tokens for part in parts)
+        self._pace.measure(answering, total - answered, seconds)
         self._read += total - answered
         self._decode_s += seconds * answered / total
         self._prefill_s += seconds * (total - answered) / total

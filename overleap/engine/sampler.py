@@ -62,12 +62,26 @@ def sample(logits_V: Tensor, draw: Draw) -> Token:
         place = int(torch.searchsorted(mass, uniform(draw.seed, index) * mass[-1], right=True))
         # The product may round up to the whole mass; the last candidate owns that end.
         chosen = int(ids[min(place, len(ids) - 1)])
-    if sampling.logprobs is None:
-        return Token(chosen)
+    return (
+        Token(chosen) if sampling.logprobs is None else score(logits_V, chosen, sampling.logprobs)
+    )
+
+
+def score(logits_V: Tensor, token: int, top: int) -> Token:
+    """A token with its log-probability and those of the `top` likeliest."""
     logprobs_V = logits_V.double().log_softmax(0)
-    values, ids = _largest(logprobs_V, sampling.logprobs)
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return Token(chosen, float(logprobs_V[chosen]), top)
+    values, ids = _largest(logprobs_V, top)
+    return Token(
+        token, float(logprobs_V[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    )
+
+
+def allow(logits_V: Tensor, allowed: bytes) -> Tensor:
+    """The logits with -inf where a token is not allowed (see request.Walk)."""
+    bits = torch.frombuffer(bytearray(allowed), dtype=torch.uint8)
+    places = torch.arange(8, dtype=torch.uint8)
+    mask_V = (bits[:, None] >> places & 1).bool().flatten()[: len(logits_V)]
+    return logits_V.masked_fill(~mask_V.to(logits_V.device), -math.inf)
 
 
 def candidates(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from overleap.engine import runner
 from overleap.engine.gate import Gate, Mode, Step
 from overleap.engine.request import Speculation, Token
 from overleap.engine.run import Run
-from overleap.engine.sampler import Draw, sample
+from overleap.engine.sampler import Draw, allow, sample
 from overleap.engine.scheduler import Part
 from overleap.errors import BackendError, ConfigError, OverleapError
 from overleap.model.transformer import Transformer
@@ -108,7 +108,13 @@ class Speculator:
         drafts = run.draft.tokens[: part.drafted]
 
         def draw(logits_V: Tensor, index: int) -> Token:
-            return sample(logits_V, Draw(sampling, seed, job.generated + index))
+            # Rows are drawn in order, and each drawn token is kept: the walk never goes back.
+            if run.walk is not None:
+                logits_V = allow(logits_V, run.walk.allowed())
+            token = sample(logits_V, Draw(sampling, seed, job.generated + index))
+            if run.walk is not None and token.id not in run.stop_ids:
+                run.walk.accept(token.id)
+            return token
 
         tokens, error = choose(rows, drafts, draw, run.stop_ids)
         right = 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from overleap.cache.layout import CacheFormat, pages_for
 from overleap.cache.state import Cache
 from overleap.engine.request import Completion, FinishReason, Request
-from overleap.engine.sampler import Draw, candidates, sample, uniform
+from overleap.engine.sampler import Draw, allow, candidates, sample, uniform
 from overleap.errors import StateError
 from overleap.model.transformer import Batch, Transformer
 
@@ -76,12 +76,17 @@ def differences(
     sequence, first = cache.open(), len(request.prompt) - 1
     cache.reserve(sequence, len(ids))
     found: list[Difference] = []
+    walk = request.constraint.start() if request.constraint is not None else None
     with torch.inference_mode():
         for start, end in _pieces(len(ids) if given else 0, first, chunk_tokens):
             wanted = end - start if start >= first else 0
             rows = model(Batch.of([(sequence, ids[start:end])], cache, [wanted]), cache).logits
             for index, logits_V in enumerate(rows, start - first):
                 draw = Draw(request.sampling, completion.finish.seed, index)
+                if walk is not None:
+                    logits_V = allow(logits_V, walk.allowed())
+                    if index < len(completion.ids):
+                        walk.accept(given[index])
                 expected = sample(logits_V, draw).id
                 if expected != given[index]:
                     gap = _gap(logits_V, draw, given[index])
