@@ -206,6 +206,9 @@ class Engine:
         began = time.perf_counter()
         rows = [run.row(part) for run, part in zip(runs, parts, strict=True)]
         output = runner.step(self.model, self._cache, rows)
+        each = (time.perf_counter() - began) / sum(part.count for part in parts)
+        for run, part in zip(runs, parts, strict=True):
+            run.machine_s += each * part.count
         wanted = iter(output.logits)
         for run, part in zip(runs, parts, strict=True):
             self._commit(run, part, [next(wanted) for _ in range(part.rows)])
@@ -334,6 +337,7 @@ class Engine:
             waiting_s=(run.started or now) - run.submitted,
             prefill_s=(run.first or now) - run.started if run.started else 0.0,
             decode_s=run.last - run.first if run.last and run.first else 0.0,
+            machine_s=run.machine_s,
         )
         if run.sequence is not None:
             cache = self._cache

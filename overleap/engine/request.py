@@ -240,6 +240,7 @@ class Usage:
     waiting_s         seconds from submission until the first step
     prefill_s         seconds from then until the first token
     decode_s          seconds from the first token until the last
+    machine_s         its share, by tokens, of the time of the model's steps it took part in
     """
 
     prompt_tokens: int
@@ -249,6 +250,7 @@ class Usage:
     waiting_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    machine_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

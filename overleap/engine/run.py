@@ -46,6 +46,7 @@ class Run:
     started: float | None = None
     first: float | None = None
     last: float | None = None
+    machine_s: float = 0.0
     draft: Draft = field(default_factory=Draft)
     walk: Walk | None = None
 
