@@ -88,12 +88,14 @@ def _fresh_id() -> str:
 class Request:
     """A prompt to continue.
 
-    prompt    token ids, at least one; kept as a tuple
-    sampling  how to continue it
-    id        names the request in its events and in errors; unique among those being served
-    salt      requests share cached prefixes only with requests of the same salt
-    branches  prompt lengths after which later prompts may go on differently: the end of a
-              document, of a system prompt. A later prompt then continues from the page before
+    prompt         token ids, at least one; kept as a tuple
+    sampling       how to continue it
+    id             names the request in its events and in errors; unique among those being served
+    salt           requests share cached prefixes only with requests of the same salt
+    branches       prompt lengths after which later prompts may go on differently: the end of a
+                   document, of a system prompt. A later prompt then continues from the page before
+    public_tokens  the first so many tokens of the prompt are nobody's secret: full pages of them
+                   are shared whatever the salt
 
     Raises RequestError for an empty prompt or ids that are not whole numbers >= 0.
     """
@@ -103,6 +105,7 @@ class Request:
     id: str = field(default_factory=_fresh_id)
     salt: str = ""
     branches: tuple[int, ...] = ()
+    public_tokens: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", _ids("the prompt", self.prompt))
@@ -110,6 +113,10 @@ class Request:
         if not self.prompt:
             raise RequestError(
                 "the prompt is empty", "start with the model's beginning-of-sequence token"
+            )
+        if not 0 <= self.public_tokens <= len(self.prompt):
+            raise RequestError(
+                f"public_tokens is {self.public_tokens}, the prompt has {len(self.prompt)} tokens"
             )
 
     @property
