@@ -209,7 +209,7 @@ class Books:
                 return  # our own, from before the connection was lost
             raise RequestError(f"a request with the id {terms.id!r} is in the ledger already")
         _check_rates(connection, customer, now)
-        day, month = _periods(now)
+        day, month = periods(now)
         tier = customer.tier
         for period, limit in ((day, tier.tokens_per_day), (month, tier.tokens_per_month)):
             row = {"key_id": customer.key_id, "period": period, "used": 0, "reserved": 0}
@@ -278,7 +278,7 @@ class Books:
         connection.execute(
             windows.update()
             .where(
-                windows.c.key_id == entry.key_id, windows.c.period.in_(_periods(entry.created_us))
+                windows.c.key_id == entry.key_id, windows.c.period.in_(periods(entry.created_us))
             )
             .values(
                 used=windows.c.used + usage.computed_tokens,
@@ -336,7 +336,7 @@ def _tokens(entry: Row[tuple[object, ...]]) -> Usage:
     )
 
 
-def _periods(time_us: int) -> tuple[str, str]:
+def periods(time_us: int) -> tuple[str, str]:
     """The day and the month of a moment, UTC."""
     moment = datetime.datetime.fromtimestamp(time_us // 10**6, datetime.UTC)
     return moment.strftime("%Y-%m-%d"), moment.strftime("%Y-%m")
