@@ -121,8 +121,8 @@ class Engine:
         self._scheduler.submit(job)
         chain: Chain = []
         if self._prefix.enabled:
-            chain = self._prefix.chain(request.prompt, request.salt)
-            job.marks = _marks(job.prompt_tokens, request.branches)
+            chain = self._prefix.chain(request.prompt, request.salt, request.public_tokens)
+            job.marks = _marks(job.prompt_tokens, (*request.branches, request.public_tokens))
         stop_ids = sampling.stop_ids
         self._runs[request.id] = run = Run(
             Handle(request, secrets.randbits(63) if sampling.seed is None else sampling.seed),
@@ -344,7 +344,8 @@ class Engine:
             took = layout.cache_bytes(cache.config, run.sequence.length, cache.format)
             usage = replace(usage, cache_bytes=took.total)
             if run.turn is not None and reason is not FinishReason.ERROR:
-                chain = self._prefix.chain(run.ids, run.handle.request.salt, run.chain)
+                request = run.handle.request
+                chain = self._prefix.chain(run.ids, request.salt, request.public_tokens, run.chain)
                 self._prefix.keep(chain, run.sequence.pages, run.turn)
             self._cache.close(run.sequence)
         del self._runs[run.job.id]

@@ -113,15 +113,17 @@ def _fresh_id() -> str:
 class Request:
     """A prompt to continue.
 
-    prompt    token ids, at least one; kept as a tuple
-    sampling  how to continue it
-    id        names the request in its events and in errors; unique among those being served
-    salt      requests share cached prefixes only with requests of the same salt
-    branches  prompt lengths after which later prompts may go on differently: the end of a
-              document, of a system prompt. A later prompt then continues from the page before
-    flow      requests of one flow share what is its due; flows share by weight
-    weight    how much of a busy engine the flow is due, beside others; above 0
-    constraint  which tokens may be chosen, None for all
+    prompt         token ids, at least one; kept as a tuple
+    sampling       how to continue it
+    id             names the request in its events and in errors; unique among those being served
+    salt           requests share cached prefixes only with requests of the same salt
+    branches       prompt lengths after which later prompts may go on differently: the end of a
+                   document, of a system prompt. A later prompt then continues from the page before
+    public_tokens  the first so many tokens of the prompt are nobody's secret: full pages of them
+                   are shared whatever the salt
+    flow           requests of one flow share what is its due; flows share by weight
+    weight         how much of a busy engine the flow is due, beside others; above 0
+    constraint     which tokens may be chosen, None for all
 
     Raises RequestError for an empty prompt or ids that are not whole numbers >= 0.
     """
@@ -131,6 +133,7 @@ class Request:
     id: str = field(default_factory=_fresh_id)
     salt: str = ""
     branches: tuple[int, ...] = ()
+    public_tokens: int = 0
     flow: str = ""
     weight: float = 1.0
     constraint: Constraint | None = None
@@ -143,6 +146,10 @@ class Request:
         if not self.prompt:
             raise RequestError(
                 "the prompt is empty", "start with the model's beginning-of-sequence token"
+            )
+        if not 0 <= self.public_tokens <= len(self.prompt):
+            raise RequestError(
+                f"public_tokens is {self.public_tokens}, the prompt has {len(self.prompt)} tokens"
             )
 
     @property

@@ -1,0 +1,111 @@
+"""Processes killed under load: the ledger is the sum of what was acknowledged, nothing twice.
+
+Races without kills: test_ledger_race.py.
+"""
+
+import random
+import time
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from overleap.server.auth import create_key
+from overleap.server.database import Database, entries, keys, owners, windows
+from overleap.server.ledger import Ledger
+from overleap.server.reports import check_books
+from tests.server.accounts import tiers_of
+from tests.server.ledger_users import Users, hold_against, read_journal, users
+
+KILLS = 30
+LIMITS = {"concurrent_requests": 24}
+
+
+def order_of(where: str, key: str, folder: Path, **more: object) -> dict[str, object]:
+    return {
+        "where": where, "key": key, "limits": LIMITS, "journal": str(folder / "journal"),
+        "tasks": 8, "rounds": 10**6, "seed": 0,
+    } | more  # fmt: skip
+
+
+def started(forked: Users, order: dict[str, object], folder: Path) -> int:
+    """A user that serves: it has opened the ledger."""
+    ready = folder / "ready"
+    child = forked.start(order | {"ready": str(ready)})
+    deadline = time.monotonic() + 60
+    while not ready.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    ready.unlink()
+    return child
+
+
+def test_kills_under_load(where: str, tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    database = Database(where)
+    _, key = create_key(database, tiers_of(**LIMITS), user="alice", tier="test")
+    slowest, refunded, at_once = 0.0, 0, 0
+    with users() as forked:
+        for kill in range(KILLS):
+            order = order_of(where, key, tmp_path, seed=seed + 100 * kill)
+            child = started(forked, order, tmp_path)
+            time.sleep(draw.uniform(0.01, 0.4))
+            forked.kill(child)
+            began = time.perf_counter()
+            again = Database(where)
+            with Ledger(again) as ledger:
+                slowest = max(slowest, time.perf_counter() - began)
+                refunded += ledger.refunded_at_start
+                at_once += ledger.refunded_at_start > 0
+            again.close()
+            assert check_books(database) == []
+    print(f"{KILLS} kills, {refunded} orphans refunded, slowest restart {slowest:.2f} s")
+    settle_down(where)
+    journal = read_journal(tmp_path / "journal")
+    hold_against(database, journal)
+    assert len(journal.did) > KILLS and refunded > 0
+    assert slowest < 5
+    nothing_is_open(database)
+    database.close()
+
+
+def settle_down(where: str) -> None:
+    """PostgreSQL may learn of the last death a moment after the restart."""
+    deadline = time.monotonic() + 10
+    database = Database(where)
+    while True:
+        Ledger(database).close()
+        with database.read() as connection:
+            if not connection.execute(sa.select(owners)).all():
+                break
+        assert time.monotonic() < deadline
+    database.close()
+
+
+def nothing_is_open(database: Database) -> None:
+    with database.read() as connection:
+        states = set(connection.scalars(sa.select(entries.c.state)))
+        assert states <= {"settled", "refunded"}
+        assert set(connection.scalars(sa.select(keys.c.reserved))) == {0}
+        assert set(connection.scalars(sa.select(windows.c.reserved))) == {0}
+        assert connection.execute(sa.select(owners)).all() == []
+
+
+def test_a_living_sibling_keeps_its_reservations(where: str, tmp_path: Path, seed: int) -> None:
+    """Of two processes on one ledger one is killed again and again, the other never notices."""
+    draw = random.Random(seed)
+    database = Database(where)
+    _, key = create_key(database, tiers_of(**LIMITS), user="alice", tier="test")
+    with users() as forked:
+        order = order_of(where, key, tmp_path, seed=seed, rounds=150)
+        living = started(forked, order, tmp_path)
+        for kill in range(5):
+            order = order_of(where, key, tmp_path, seed=seed + 100 * (kill + 1))
+            child = started(forked, order, tmp_path)
+            time.sleep(draw.uniform(0.01, 0.2))
+            forked.kill(child)
+        assert forked.collect() == (living, 0), "the living one met a refunded request"
+    settle_down(where)
+    hold_against(database, read_journal(tmp_path / "journal"))
+    assert check_books(database) == []
+    nothing_is_open(database)
+    database.close()
