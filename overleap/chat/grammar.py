@@ -23,7 +23,7 @@ KEPT = 256  # compiled grammars
 _TEXT = "/(?s:.)*/"  # any text; special tokens are none
 _VALUE = "/(?s:[^<]|<[^\\/<])*/"  # of a string parameter: all up to the next closing tag
 # Of one step: what these forbid ends one answer with an error and lets the others go on.
-_LIMITS = {"max_items_in_row": 2000, "step_lexer_fuel": 200_000, "max_lexer_states": 50_000}
+_ITEMS, _FUEL, _STATES = 2000, 200_000, 50_000
 # As the checkpoints' training data writes JSON, and no endless runs of blanks.
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -63,7 +63,9 @@ class Grammars:
                 self._kept.move_to_end(wanted)
                 return self._kept[wanted]
             self._table = table = self._table or _table(self._tokenizer)
-        limits = LLParserLimits(**_LIMITS)
+        limits = LLParserLimits(
+            max_items_in_row=_ITEMS, step_lexer_fuel=_FUEL, max_lexer_states=_STATES
+        )
         matcher = LLMatcher(table, self._lark(wanted), log_level=0, limits=limits)
         if matcher.is_error():
             raise DialectError(f"the format cannot be held: {_first_line(matcher.get_error())}")

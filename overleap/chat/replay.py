@@ -77,8 +77,9 @@ class Replay:
             at = end
         return ids + self._tokenizer.encode_prompt(_part(prompt, at, len(prompt.text)))
 
-    def remember(self, prompt_ids: Sequence[int], sampled: Sequence[int], said: Said,
-                 tenant: str) -> None:
+    def remember(
+        self, prompt_ids: Sequence[int], sampled: Sequence[int], said: Said, tenant: str
+    ) -> None:
         """An answer has ended by itself.
 
         prompt_ids  what it followed, with what the template opens an answer with

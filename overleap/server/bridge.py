@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
@@ -92,27 +93,39 @@ class Generation:
 class Bridge:
     """Owns the engine's thread. All methods are the loop's.
 
+    make          opens the engine, in the thread that will use it, and closes it at the end
     slots         requests that the engine serves at once
     queue         requests, queue_tokens: prompt tokens that may wait for it
     """
 
-    def __init__(self, engine: Steps, *, slots: int, queue: int, queue_tokens: int) -> None:
-        self._engine = engine
+    def __init__(
+        self,
+        make: Callable[[], AbstractContextManager[Steps]],
+        *,
+        slots: int,
+        queue: int,
+        queue_tokens: int,
+    ) -> None:
+        self._make = make
+        self._engine: Steps
         self._slots, self._queue, self._queue_tokens = slots, queue, queue_tokens
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._live: dict[str, Generation] = {}
         self._handles: dict[str, tuple[Handle, Generation]] = {}  # the thread's own
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._opened: asyncio.Future[None] | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._each_s: float | None = None  # seconds in the engine of a request, lately
         self._rate: float | None = None  # prompt tokens a second, lately
         self.stopping = False
         self.failures = 0
 
-    def start(self) -> None:
-        """Begin to serve, in the running loop."""
+    async def start(self) -> None:
+        """Begin to serve, in the running loop. Raises what opening the engine raises."""
         self._loop = asyncio.get_running_loop()
+        self._opened = self._loop.create_future()
         self._thread.start()
+        await self._opened
 
     async def stop(self) -> None:
         """End the thread. Requests still there get no more events."""
@@ -226,6 +239,19 @@ class Bridge:
     # -- the thread
 
     def _run(self) -> None:
+        assert self._loop is not None and self._opened is not None
+        try:
+            with self._make() as engine:
+                self._engine = engine
+                self._loop.call_soon_threadsafe(_give, self._opened, None)
+                self._serve()
+        except BaseException as error:
+            if self._opened.done():
+                log.critical("the engine's thread has ended", exc_info=error)
+                raise
+            self._loop.call_soon_threadsafe(_fail, self._opened, error)
+
+    def _serve(self) -> None:
         busy = False
         while True:
             try:
@@ -303,5 +329,3 @@ def _give(answer: "asyncio.Future[Any]", value: Any) -> None:
 def _fail(answer: "asyncio.Future[Any]", error: BaseException) -> None:
     if not answer.done():
         answer.set_exception(error)
-
-

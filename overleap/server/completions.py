@@ -1,4 +1,4 @@
-"""/v1/completions: plain text or token ids continued; echo, suffix, log-probabilities, stop strings.
+"""/v1/completions: text or token ids continued; echo, suffix, log-probabilities, stop strings.
 
 What the vendor's library does not have, so all of it is here. Not chat (openai.py).
 Read next: app.py.
@@ -22,10 +22,10 @@ from overleap.errors import DialectError
 from overleap.server import sse
 from overleap.server.auth import Customer
 from overleap.server.refusals import Refusal, overloaded, refusal_of
-from overleap.server.running import Running, refused
+from overleap.server.running import Admission, Running, refused
 from overleap.server.schema import CompletionBody
 from overleap.server.service import Service
-from overleap.server.turns import Turns, parsed, sampling_of, tenant_of
+from overleap.server.turns import Turns, parsed, sampling_of, user_id_of
 from overleap.server.writers import chat_usage
 
 FIM_BEGIN, FIM_HOLE, FIM_END = "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"
@@ -55,19 +55,25 @@ class Asked:
 
 async def complete(http: HttpRequest, raw: bytes, customer: Customer, service: Service) -> Response:
     """Answer a request. Raises Refusal and what refusals.py makes one of."""
+    arrived = time.monotonic()
     asked = await asyncio.to_thread(_asked, service.turns, raw, customer)
     requests = asked.requests
     if asked.wanted is not None:
         grammar = await service.turns.compile(asked.wanted)
         requests = tuple(replace(request, constraint=grammar) for request in requests)
-    running = await service.begin(requests, asked.id, customer, len(asked.prompts))
+    admission = Admission(
+        id=asked.id,
+        customer=customer,
+        dialect="completions",
+        prompts=len(asked.prompts),
+        arrived=arrived,
+    )
+    running = await service.begin(requests, admission)
     talk = _Talk(asked, running, service)
     headers = {"x-request-id": asked.id}
     if asked.stream:
         return sse.EventStream(
-            sse.with_signs_of_life(
-                talk.frames(), service.settings.silence_s, lambda: sse.ALIVE
-            ),
+            sse.with_signs_of_life(talk.frames(), service.settings.silence_s, lambda: sse.ALIVE),
             slow_reader_s=service.settings.slow_reader_s,
             close=running.close,
             headers=headers,
@@ -84,7 +90,7 @@ async def complete(http: HttpRequest, raw: bytes, customer: Customer, service: S
 def _asked(turns: Turns, raw: bytes, customer: Customer) -> Asked:
     body, value = parsed(CompletionBody, raw)
     turns.check_model(body.model)
-    tokenizer, tenant = turns.model.tokenizer, tenant_of(customer)
+    tokenizer, user_id = turns.model.tokenizer, user_id_of(value)
     prompts = [_ids(prompt, body.suffix, tokenizer) for prompt in _prompts(body.prompt)]
     longest = max(map(len, prompts))
     wanted_tokens = DEFAULT_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
@@ -105,6 +111,7 @@ def _asked(turns: Turns, raw: bytes, customer: Customer) -> Asked:
         prompt_logprobs=body.logprobs if body.echo else None,
     )
     id, n = f"cmpl-{uuid.uuid4().hex}", body.n or 1
+    realms = [turns.isolation.realm(customer, ids, user_id) for ids in prompts]
     requests = [
         Request(
             prompt=ids,
@@ -112,7 +119,8 @@ def _asked(turns: Turns, raw: bytes, customer: Customer) -> Asked:
             if sampling.seed is None
             else replace(sampling, seed=(sampling.seed + number) % 2**63),
             id=f"{id}-{place}-{number}",
-            salt=tenant,
+            salt=realms[place].salt,
+            public_tokens=realms[place].public_tokens,
             flow=customer.user,
             weight=float(customer.tier.priority),
         )

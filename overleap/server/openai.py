@@ -17,26 +17,24 @@ from overleap.engine.request import Finish, FinishReason, Progress, Request, Sam
 from overleap.server import sse
 from overleap.server.auth import Customer
 from overleap.server.refusals import Refusal, overloaded, refusal_of
-from overleap.server.running import Running, refused
+from overleap.server.running import Admission, Running, refused
 from overleap.server.service import Service
-from overleap.server.turns import Turn, tenant_of
+from overleap.server.turns import Turn
 from overleap.server.usage import Usage
 from overleap.server.writers import Chunk, Writer, chat_usage
 
 
 async def converse(
-    api: Api, http: HttpRequest, customer: Customer, service: Service
+    api: Api, http: HttpRequest, raw: bytes, customer: Customer, service: Service
 ) -> Response:
     """Answer a request of a chat API. Raises Refusal and what refusals.py makes one of."""
-    raw = await http.body()
-    tenant = tenant_of(customer)
-    turn = await service.turns.prepare(api, raw, customer, tenant)
+    arrived = time.monotonic()
+    turn = await service.turns.prepare(api, raw, customer)
+    admission = Admission(id=turn.id, customer=customer, dialect=api, arrived=arrived)
     running = await service.begin(
-        [_request(turn, index, customer, tenant) for index in range(turn.n)],
-        turn.id,
-        customer,
+        [_request(turn, index, customer) for index in range(turn.n)], admission
     )
-    talk = _Talk(turn, running, service, tenant)
+    talk = _Talk(turn, running, service)
     headers = {"x-request-id": turn.id, "request-id": turn.id}
     if turn.stream:
         return sse.EventStream(
@@ -55,7 +53,7 @@ async def converse(
     return Response(sse.encode(answer), media_type="application/json", headers=headers)
 
 
-def _request(turn: Turn, index: int, customer: Customer, tenant: str) -> Request:
+def _request(turn: Turn, index: int, customer: Customer) -> Request:
     sampling = turn.sampling
     if index and sampling.seed is not None:
         sampling = _reseeded(sampling, index)
@@ -63,7 +61,8 @@ def _request(turn: Turn, index: int, customer: Customer, tenant: str) -> Request
         prompt=turn.ids,
         sampling=sampling,
         id=f"{turn.id}-{index}",
-        salt=tenant,
+        salt=turn.realm.salt,
+        public_tokens=turn.realm.public_tokens,
         branches=turn.branches,
         flow=customer.user,
         weight=float(customer.tier.priority),
@@ -81,9 +80,8 @@ def _reseeded(sampling: Sampling, index: int) -> Sampling:
 class _Talk:
     """One turn and its answers, in the dialect of its API."""
 
-    def __init__(self, turn: Turn, running: Running, service: Service, tenant: str) -> None:
+    def __init__(self, turn: Turn, running: Running, service: Service) -> None:
         self._turn, self._running, self._service = turn, running, service
-        self._tenant = tenant
         model = service.turns.model
         self._writers = [
             Writer(turn, model.tokenizer, model.fingerprint, index) for index in range(turn.n)
@@ -162,7 +160,7 @@ class _Talk:
         begins = self._turn.prompt.reply.begins
         if finish.reason is FinishReason.STOP and not begins.endswith("continued"):
             self._service.turns.replay.remember(
-                self._turn.ids, writer.ids, writer.said(), self._tenant
+                self._turn.ids, writer.ids, writer.said(), self._turn.realm.salt
             )
 
     def _without_usage(self, chunk: Chunk) -> Chunk:

@@ -28,6 +28,7 @@ log = logging.getLogger("overleap.server")
 # Status -> type of an OpenAI error, type of an Anthropic error.
 _TYPES = {
     400: ("invalid_request_error", "invalid_request_error"),
+    415: ("invalid_request_error", "invalid_request_error"),
     401: ("authentication_error", "authentication_error"),
     402: ("insufficient_balance", "billing_error"),
     403: ("permission_error", "permission_error"),
@@ -48,6 +49,7 @@ _CODES = {
     405: "method_not_allowed",
     408: "request_timeout",
     413: "request_too_large",
+    415: "unsupported_media_type",
     429: "rate_limit_exceeded",
     500: "server_error",
     503: "overloaded",

@@ -4,59 +4,78 @@ Not here: what clients see of it (writers.py). Read next: bridge.py, ledger.py.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
-
-from overleap.engine.request import Event, Finish, FinishReason, Request
-from overleap.server.access import Accounts, Booked
+from overleap.engine.request import Event, Finish, FinishReason, Progress, Request, Token
 from overleap.server.auth import Customer
 from overleap.server.bridge import Bridge, Generation
+from overleap.server.ledger import Ledger, Reservation
+from overleap.server.metrics import Metrics
 from overleap.server.refusals import Refusal, refusal_of
 from overleap.server.usage import Usage
 
 
-@dataclass(eq=False)
-class Running:
-    """Requests that the engine has, booked as one. `close` ends them; twice is harmless.
+@dataclass(frozen=True, kw_only=True)
+class Admission:
+    """What a request comes with.
 
-    prompts  how many prompts there are: the first answers to each are booked with their prompt
+    id       names it in the ledger
+    dialect  of its API, for metrics
+    prompts  how many prompts there are: each is booked once, however many answers it gets
+    arrived  of time.monotonic
     """
 
+    id: str
+    customer: Customer
+    dialect: str
+    prompts: int = 1
+    arrived: float = field(default_factory=time.monotonic)
+
+
+@dataclass(eq=False)
+class Running:
+    """Requests that the engine has, booked as one. `close` ends them; twice is harmless."""
+
+    admission: Admission
+    reservation: Reservation
+    metrics: Metrics
     generations: list[Generation]
-    booked: Booked
-    prompts: int
     _stack: AsyncExitStack
     _ended: Callable[["Running"], None]
     _closing: "asyncio.Task[None] | None" = None
     _settled: Usage | None = None
+    _last_token: dict[int, float] = field(default_factory=dict)
 
     @classmethod
     async def begin(
         cls,
         requests: Sequence[Request],
+        admission: Admission,
         *,
-        id: str,
-        customer: Customer,
         bridge: Bridge,
-        accounts: Accounts,
+        ledger: Ledger,
+        metrics: Metrics,
         wait_s: float,
-        prompts: int = 1,
-        ended: Callable[["Running"], None] = lambda running: None,
+        ended: Callable[["Running"], None],
     ) -> "Running":
         """Let requests in and hand them to the engine.
 
         Raises Refusal (503), QuotaError, RateError, AccessError, CapacityError, RequestError; then
         nothing is left behind.
         """
-        each = len(requests) // prompts
+        each = len(requests) // admission.prompts
         tokens = sum(len(request.prompt) for request in requests[::each])
         bridge.admit(tokens, len(requests), wait_s)
         stack = AsyncExitStack()
         most = sum(request.sampling.max_tokens for request in requests)
-        booked = await stack.enter_async_context(accounts.reserve(customer, tokens, most, id))
-        running = cls([], booked, prompts, stack, ended)
+        reservation = await stack.enter_async_context(
+            ledger.reserve(admission.customer, tokens, most, admission.id)
+        )
+        metrics.admitted(admission.customer.tier.name, tokens)
+        running = cls(admission, reservation, metrics, [], stack, ended)
         try:
             for request in requests:
                 running.generations.append(await bridge.submit(request))
@@ -67,6 +86,25 @@ class Running:
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """(which answer, event) of all answers as they come."""
+        async for index, event in self._merged():
+            self._measure(index, event)
+            yield index, event
+
+    def _measure(self, index: int, event: Event) -> None:
+        tier, now = self.admission.customer.tier.name, time.monotonic()
+        if isinstance(event, Progress) and index not in self._last_token:
+            generation = self.generations[index]
+            began = generation.began or now
+            self._last_token[index] = -1.0
+            self.metrics.started(tier, began - generation.submitted)
+        elif isinstance(event, Token):
+            if self._last_token.get(index, -1.0) < 0:
+                self.metrics.first_token(tier, now - self.admission.arrived)
+            else:
+                self.metrics.next_token(tier, now - self._last_token[index])
+            self._last_token[index] = now
+
+    async def _merged(self) -> AsyncIterator[tuple[int, Event]]:
         if len(self.generations) == 1:
             async for event in self.generations[0].events():
                 yield 0, event
@@ -78,8 +116,6 @@ class Running:
                 done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 for task in sorted(done, key=lambda task: pending[task]):
                     index, event = pending.pop(task), task.result()
-                    if event is None:
-                        continue
                     if not isinstance(event, Finish):
                         pending[asyncio.ensure_future(_next(streams[index]))] = index
                     yield index, event
@@ -93,7 +129,7 @@ class Running:
 
         A prompt is counted once, however many answers it gets; what was not read is not counted.
         """
-        each = len(self.generations) // self.prompts if self.generations else 1
+        each = len(self.generations) // self.admission.prompts if self.generations else 1
         first = self.generations[::each]
         finished = [g.finish.usage for g in self.generations if g.finish is not None]
         return Usage(
@@ -109,7 +145,7 @@ class Running:
             await generation.ended()
         if self._settled is None:
             self._settled = self.usage
-            await self.booked.settle(self._settled)
+            await self.reservation.settle(self._settled)
         return self._settled
 
     async def close(self) -> None:
@@ -126,10 +162,23 @@ class Running:
         finally:
             await self._stack.aclose()
             self._ended(self)
+            admission, usage = self.admission, self._settled or self.usage
+            self.metrics.finished(
+                admission.dialect,
+                admission.customer.tier.name,
+                self._reason(),
+                usage,
+                time.monotonic() - admission.arrived,
+            )
+
+    def _reason(self) -> str:
+        """How it ended: as its first answer did."""
+        finishes = [g.finish for g in self.generations if g.finish is not None]
+        return str(finishes[0].reason) if finishes else "error"
 
 
-async def _next(events: AsyncIterator[Event]) -> Event | None:
-    return await anext(events, None)
+async def _next(events: AsyncIterator[Event]) -> Event:
+    return await anext(events)
 
 
 def refused(finish: Finish) -> Refusal | None:
@@ -170,5 +219,3 @@ class Everyone:
         for running in self.running:
             for generation in running.generations:
                 generation.cancel()
-
-

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from overleap.engine.request import Request
-from overleap.server.access import Accounts
-from overleap.server.auth import Customer
+from overleap.server.auth import Auth
 from overleap.server.bridge import Bridge
-from overleap.server.running import Everyone, Running
+from overleap.server.isolation import Isolation
+from overleap.server.ledger import Ledger
+from overleap.server.metrics import Metrics
+from overleap.server.reports import Reports
+from overleap.server.running import Admission, Everyone, Running
 from overleap.server.settings import Settings
 from overleap.server.turns import Turns
 
@@ -22,21 +25,22 @@ class Service:
     settings: Settings
     turns: Turns
     bridge: Bridge
-    accounts: Accounts
+    auth: Auth
+    ledger: Ledger
+    reports: Reports
+    isolation: Isolation
+    metrics: Metrics
     everyone: Everyone = field(default_factory=Everyone)
 
-    async def begin(
-        self, requests: Sequence[Request], id: str, customer: Customer, prompts: int = 1
-    ) -> Running:
+    async def begin(self, requests: Sequence[Request], admission: Admission) -> Running:
         """Let requests in, and know of them until they end. Raises as `Running.begin`."""
         running = await Running.begin(
             requests,
-            id=id,
-            customer=customer,
+            admission,
             bridge=self.bridge,
-            accounts=self.accounts,
+            ledger=self.ledger,
+            metrics=self.metrics,
             wait_s=self.settings.wait_s,
-            prompts=prompts,
             ended=self.everyone.remove,
         )
         self.everyone.add(running)

@@ -5,7 +5,6 @@ of it (running.py, writers.py). Read next: running.py.
 """
 
 import asyncio
-import hashlib
 import json
 import math
 import time
@@ -24,9 +23,10 @@ from overleap.chat.grammar import Grammar, Grammars, Wanted
 from overleap.chat.profiles import Profile
 from overleap.chat.replay import Replay
 from overleap.chat.tokenizer import Tokenizer
-from overleap.engine.request import SEED_LIMIT, Sampling
+from overleap.engine.request import Sampling
 from overleap.errors import DialectError, RequestError
 from overleap.server.auth import Customer
+from overleap.server.isolation import Isolation, Realm
 from overleap.server.refusals import Refusal
 from overleap.server.schema import Body, ChatBody, MessagesBody, ResponsesBody
 from overleap.server.settings import Settings
@@ -64,6 +64,7 @@ class Turn:
 
     read      the library's request: makes the event streams of its API
     echo      what a Responses answer repeats of its request
+    realm     whose cache it may share
     n         answers wanted
     branches  prompt lengths after which later prompts may go on differently
     """
@@ -75,6 +76,7 @@ class Turn:
     prompt: Prompt
     read: recipe.ConversationRequest
     ids: tuple[int, ...]
+    realm: Realm
     sampling: Sampling
     n: int
     stream: bool
@@ -114,16 +116,16 @@ def _is_branch(part: Any) -> bool:
 class Turns:
     """Makes requests ready."""
 
-    def __init__(self, model: Model, settings: Settings) -> None:
-        self.model, self.settings = model, settings
+    def __init__(self, model: Model, settings: Settings, isolation: Isolation) -> None:
+        self.model, self.settings, self.isolation = model, settings, isolation
         self.replay = Replay(model.tokenizer)
         self._grammars = Grammars(model.tokenizer)
         # Two threads: a grammar that takes forever keeps one, and the next is refused in time.
         self._compilers = ThreadPoolExecutor(2, thread_name_prefix="grammar")
 
-    async def prepare(self, api: Api, raw: bytes, customer: Customer, tenant: str) -> Turn:
+    async def prepare(self, api: Api, raw: bytes, customer: Customer) -> Turn:
         """Read a body. Raises Refusal, RequestError, DialectError."""
-        turn, wanted = await asyncio.to_thread(self._prepare, api, raw, customer, tenant)
+        turn, wanted = await asyncio.to_thread(self._prepare, api, raw, customer)
         return turn if wanted is None else replace(turn, grammar=await self.compile(wanted))
 
     async def compile(self, wanted: Wanted) -> Grammar:
@@ -134,7 +136,9 @@ class Turns:
             return await asyncio.wait_for(work, COMPILE_S)
         except TimeoutError:
             raise Refusal(
-                400, f"the format took more than {COMPILE_S:.0f} s to compile", "grammar_too_complex"
+                400,
+                f"the format took more than {COMPILE_S:.0f} s to compile",
+                "grammar_too_complex",
             ) from None
 
     def check_model(self, name: str) -> None:
@@ -142,8 +146,10 @@ class Turns:
         if name not in self.settings.names:
             served = ", ".join(self.settings.names)
             raise Refusal(
-                404, f"the model {name!r} is not served here; it is {served}",
-                "model_not_found", "model",
+                404,
+                f"the model {name!r} is not served here; it is {served}",
+                "model_not_found",
+                "model",
             )
 
     def context_of(self, customer: Customer) -> int:
@@ -163,12 +169,12 @@ class Turns:
                 body[key] = min(body[key], _LIBRARY_TOKENS)
         return render_body(api, body, profile=self.model.profile)
 
-    def _prepare(
-        self, api: Api, raw: bytes, customer: Customer, tenant: str
-    ) -> tuple[Turn, Wanted | None]:
+    def _prepare(self, api: Api, raw: bytes, customer: Customer) -> tuple[Turn, Wanted | None]:
         body, value = parsed(_BODIES[api], raw)
         self.check_model(body.model)
         prompt, read = self.render(api, value)
+        user_id = user_id_of(value)
+        tenant = self.isolation.salt(customer, user_id)
         ids = self.replay.encode(prompt, read.conversation.messages, tenant)
         echo = recipe.ResponsesRequest(value).echo() if api == "responses" else None
         asked = next(
@@ -184,6 +190,7 @@ class Turns:
             prompt=prompt,
             read=read,
             ids=tuple(ids),
+            realm=self.isolation.realm(customer, ids, user_id),
             sampling=sampling_of(value, self.max_tokens(len(ids), asked, read, customer)),
             n=value.get("n") or 1,
             stream=bool(value.get("stream")),
@@ -284,8 +291,11 @@ def _named_tool(choice: Any) -> str | None:
     return None
 
 
-def tenant_of(customer: Customer, value: Mapping[str, Any] | None = None) -> str:
-    """Whose cache a request may share."""
-    return hashlib.sha256(f"{len(customer.key_id)}:{customer.key_id}".encode()).hexdigest()
-
-
+def user_id_of(value: Mapping[str, Any]) -> str:
+    """The customer's own user, as any of the APIs names it; it divides the customer's cache."""
+    metadata = value.get("metadata")
+    inner = metadata.get("user_id") if isinstance(metadata, Mapping) else None
+    for found in (value.get("user_id"), value.get("user"), inner):
+        if isinstance(found, str):
+            return found[:512]
+    return ""

@@ -47,7 +47,7 @@ class Writer:
 
     def __post_init__(self) -> None:
         turn = self.turn
-        generator: Any = _GENERATORS[turn.api](turn.read, turn.id, turn.model)  # type: ignore[operator]
+        generator: Any = _GENERATORS[turn.api](turn.read, turn.id, turn.model)
         if turn.echo is not None:
             generator = generator.with_echo(turn.echo)
         options = turn.read.parsing_options
@@ -75,9 +75,7 @@ class Writer:
         usage = recipe.PromptUsage(
             prompt_tokens=progress.total, prompt_cache_hit_tokens=progress.cached
         )
-        ready = recipe.InferenceChunk.ready(
-            prompt_usage=usage, system_fingerprint=self.fingerprint
-        )
+        ready = recipe.InferenceChunk.ready(prompt_usage=usage, system_fingerprint=self.fingerprint)
         return self._chunks(self._processor.push(ready))
 
     def push(self, token: Token) -> list[Chunk]:
