@@ -83,7 +83,6 @@ def build(service: Service) -> FastAPI:
             responses=_responses(route),
             openapi_extra=_extra(route),
         )
-    app.add_exception_handler(Exception, partial(_failed, service))
     app.add_exception_handler(HTTPException, partial(_failed, service))
     app.openapi = partial(_openapi, app, app.openapi, table)  # type: ignore[method-assign]
     app.add_middleware(Front, settings=service.settings)
@@ -168,7 +167,7 @@ def _routes(service: Service, app: FastAPI) -> list[Route]:
 
 
 def _endpoint(route: Route, service: Service) -> Callable[[HttpRequest], Answer]:
-    async def endpoint(http: HttpRequest) -> Response:
+    async def answer(http: HttpRequest) -> Response:
         # The key first: nobody unknown makes the server read a body.
         authorization = http.headers.get("authorization") or http.headers.get("x-api-key")
         customer = None
@@ -176,6 +175,12 @@ def _endpoint(route: Route, service: Service) -> Callable[[HttpRequest], Answer]
             customer = await asyncio.to_thread(service.auth.authorize, authorization, route.access)
         raw = b"" if route.takes is None else await _body(http, service.settings.body_bytes)
         return await route.handle(http, raw, customer)
+
+    async def endpoint(http: HttpRequest) -> Response:
+        try:
+            return await answer(http)
+        except Exception as error:
+            return await _failed(service, http, error)
 
     return endpoint
 
