@@ -5,7 +5,7 @@ while it runs, and the prompt gets as many tokens as make the step STRETCH times
 Not here: which prompt (scheduler.py). Seconds only; the tokens chosen do not depend on it.
 """
 
-STRETCH = 1.7  # a median between tokens of at most twice the undisturbed one, with room for noise
+STRETCH = 1.45  # clients see a step and its way to them: at most twice the undisturbed time
 LEAST = 16  # prompt tokens beside answers, however slow: a prompt always moves on
 PROBE = 16  # one step in so many takes answers only, to see what they take now
 SMOOTH = 0.2  # weight of a new measurement

@@ -21,6 +21,7 @@ from enum import Enum
 from overleap.cache.layout import PAGE_TOKENS, pages_for
 from overleap.errors import CapacityError, ConfigError
 
+SHORT_TOKENS = 256  # left to read: so few pass whatever answers are written, a hiccup at most
 SCORED_TOKENS = 64  # of a prompt whose every token wants logits, in one step: 32 MiB of 129,280
 
 
@@ -166,12 +167,13 @@ class Scheduler:
     def plan(self, beside: int | None = None) -> list[Part]:
         """The next step: a token for every decode, then chunks of prompts, shared by weight.
 
-        beside  prompt tokens that may go beside answers at most; None: all of the budget
+        beside  tokens of long prompts that may go beside answers at most, 0: of no prompt; None:
+                all of the budget
 
         Shares let a short prompt pass a long one: what the short ones leave over goes to the
-        long ones. Running jobs never outnumber the budget, so each gets a token at least (of
-        `beside`, while it lasts). A chunk ends at the next mark at the latest. Proposals take what
-        is left when each has its token, before the chunks do. Empty: nothing runs.
+        long ones. Running jobs never outnumber the budget, so each gets a token at least (long
+        prompts of `beside`, while it lasts). A chunk ends at the next mark at the latest. Proposals
+        take what is left when each has its token, before the chunks do. Empty: nothing runs.
         """
         parts = []
         spare = self.chunk_tokens - len(self.running)
@@ -182,15 +184,20 @@ class Scheduler:
                 spare -= drafted
         readers = [job for job in self.running if job.reading]
         budget = self.chunk_tokens - sum(part.count for part in parts)
-        if parts and beside is not None:
-            budget = min(budget, beside)
+        paced = budget if beside is None or not parts else min(budget, beside)
+        if paced == 0:
+            return parts
         readers.sort(key=lambda job: (job.prompt_tokens - job.done) / job.weight)
         weight = sum(job.weight for job in readers)
         for index, job in enumerate(readers):
-            if budget == 0:
-                break
-            behind = len(readers) - index - 1  # each of them gets a token, if there are enough
+            behind = len(readers) - index - 1  # each of them gets a token at least
             share = max(1, min(math.ceil(budget * job.weight / weight), budget - behind))
+            weight -= job.weight
+            if job.prompt_tokens - job.done > SHORT_TOKENS:
+                share = min(share, paced)
+                paced -= share
+            if share == 0:
+                continue
             end = min(job.prompt_tokens, job.done + share)
             if job.scored:
                 end = min(end, job.done + SCORED_TOKENS)
@@ -198,7 +205,6 @@ class Scheduler:
             count, ends = end - job.done, end == job.prompt_tokens
             parts.append(Part(job, job.done, count, ends, scored=job.scored))
             budget -= count
-            weight -= job.weight
         return parts
 
     def commit(self, part: Part, refused: int = 0) -> None:

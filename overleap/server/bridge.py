@@ -116,7 +116,8 @@ class Bridge:
         self._opened: asyncio.Future[None] | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._each_s: float | None = None  # seconds in the engine of a request, lately
-        self._rate: float | None = None  # prompt tokens a second, lately
+        self._rate: float | None = None  # prompt tokens read a second, lately
+        self._delivered, self._unread_before = 0.0, 0
         self.stopping = False
         self.failures = 0
 
@@ -293,24 +294,32 @@ class Bridge:
                 self._handles.clear()
 
     def _deliver(self, news: list[tuple[Generation, list[Event]]]) -> None:
+        now, unread = time.monotonic(), self._unread
         for generation, events in news:
             generation.take(events)
             if generation.finish is not None:
                 self._live.pop(generation.request.id, None)
                 self._learn(generation)
+        read = unread - self._unread
+        if 0 < read and unread == self._unread_before:
+            self._rate = _blend(self._rate, read / max(1e-4, now - self._delivered))
+        self._delivered, self._unread_before = now, self._unread
+
+    @property
+    def _unread(self) -> int:
+        """Prompt tokens that the engine has still to read."""
+        return sum(
+            len(one.request.prompt) - one.read
+            for one in self._live.values()
+            if one.began is not None and one.finish is None
+        )
 
     def _learn(self, generation: Generation) -> None:
         """What a request takes, for the next prediction."""
         assert generation.finish is not None
         usage = generation.finish.usage
-        if not usage.generated_tokens:
-            return
-        self._each_s = _blend(self._each_s, usage.prefill_s + usage.decode_s)
-        computed = usage.prompt_tokens - usage.cached_tokens
-        if computed >= 16 and usage.prefill_s > 0:
-            # Prompts are read side by side: so much is read in all while this one was.
-            beside = max(1, self.running)
-            self._rate = _blend(self._rate, computed * beside / usage.prefill_s)
+        if usage.generated_tokens:
+            self._each_s = _blend(self._each_s, usage.prefill_s + usage.decode_s)
 
 
 def _nothing() -> None:

@@ -82,4 +82,6 @@ def test_twenty_turns_hit_the_cache(tmp_path: Path, way: str, seed: int) -> None
                 messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
     assert message.content == "All read."
     assert hits / total >= 0.95, f"{hits} of {total} prompt tokens came from the cache"
-    print(f"{way}: {hits / total:.1%} of {total} prompt tokens of turns 2 to {TURNS} from the cache")
+    print(
+        f"{way}: {hits / total:.1%} of {total} prompt tokens of turns 2 to {TURNS} from the cache"
+    )
