@@ -2,8 +2,7 @@
 
 The only room that may read the environment. Read next: talk.py (ask, chat, generate), demo.py,
 tools.py (logits, conform, version), models.py (checkpoints), kept.py (prefixes on disk), bench.py,
-accounts.py (keys and usage of the server),
-screen.py (the terminal).
+accounts.py (keys and usage of the server), screen.py (the terminal).
 """
 
 from overleap.cli import accounts, bench, demo, kept, models, talk, tools

@@ -92,8 +92,8 @@ def list_(ledger: Ledger = None, as_json: Json = False) -> None:
     with _database(ledger) as database:
         found = list_keys(database)
     if as_json:
-        columns = ("credited", "charged", "reserved")
-        screen.put_json([asdict(k) | {c: money(getattr(k, c), 9) for c in columns} for k in found])
+        amounts = ("credited", "charged", "reserved")
+        screen.put_json([asdict(k) | {a: money(getattr(k, a), 9) for a in amounts} for k in found])
         return
     rows = [
         (
