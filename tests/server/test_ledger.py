@@ -350,7 +350,9 @@ def test_a_reservation_survives_a_lost_commit(postgres: str) -> None:
             if not books._again:
                 connection.commit()
                 lose_connections(postgres)
-                connection.execute(sa.text("SELECT 1"))
+                raise sa.exc.OperationalError(
+                    "COMMIT", None, Exception("gone"), connection_invalidated=True
+                )
 
         books._reserve = reserve_and_lose  # type: ignore[method-assign]
 

@@ -23,11 +23,11 @@ STATS = Stats(
 
 
 def values(metrics: Metrics) -> dict[str, float]:
-    """Every sample, as name{label,...}."""
+    """Every sample, as name{value,...}, in the order of the labels' names."""
     found: dict[str, float] = {}
     for family in parse(metrics.render().decode()):
         for sample in family.samples:
-            labels = ",".join(str(value) for value in sample.labels.values())
+            labels = ",".join(str(value) for _, value in sorted(sample.labels.items()))
             found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
     return found
 
@@ -51,11 +51,11 @@ def test_what_is_counted() -> None:
     a_day(metrics)
     found = values(metrics)
     expected = {
-        "overleap_rejections_total{429,rate}": 2,
-        "overleap_rejections_total{401,auth}": 1,
+        "overleap_rejections_total{rate,429}": 2,
+        "overleap_rejections_total{auth,401}": 1,
         "overleap_requests_open{free}": 0,
         "overleap_requests_open{pro}": 1,
-        "overleap_requests_total{chat,free,stop}": 1,
+        "overleap_requests_total{chat,stop,free}": 1,
         "overleap_tokens_total{cache_hit,free}": 400,
         "overleap_tokens_total{cache_miss,free}": 100,
         "overleap_tokens_total{output,free}": 7,
@@ -86,8 +86,8 @@ def test_what_is_counted() -> None:
 def test_two_servers_in_a_process_are_apart() -> None:
     one, other = Metrics(), Metrics()
     one.rejected(503, "overload")
-    assert "overleap_rejections_total{503,overload}" in values(one)
-    assert "overleap_rejections_total{503,overload}" not in values(other)
+    assert "overleap_rejections_total{overload,503}" in values(one)
+    assert "overleap_rejections_total{overload,503}" not in values(other)
 
 
 def test_an_engine_not_seen_yet_says_nothing() -> None:
