@@ -39,7 +39,7 @@ def ledger_of(option: str | None) -> str:
     import platformdirs
 
     found = option or os.environ.get(LEDGER_VARIABLE)
-    return found or str(platformdirs.user_data_path("overleap") / "ledger.sqlite3")
+    return found or str(platformdirs.user_data_path("overleap") / "ledger.sqlite")
 
 
 @contextmanager

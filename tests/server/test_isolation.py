@@ -55,7 +55,7 @@ def test_two_hundred_pairs(model: Transformer, seed: int) -> None:
     ask = asker(Engine(model, pages=64), Isolation(SECRET))
     across, again = 0, 0
     for _ in range(PAIRS):
-        prompt = text(draw, draw.randint(129, 260))
+        prompt = text(draw, draw.randint(129, 150))
         first, second = draw.sample([ALICE, BOB], 2)
         ask(first, prompt)
         across += ask(second, prompt) > 0
