@@ -51,6 +51,7 @@ class Terms:
     customer: Customer
     prompt_tokens: int
     max_output_tokens: int
+    longest_tokens: int
 
     def __post_init__(self) -> None:
         assert self.prompt_tokens >= 0 and self.max_output_tokens >= 0, self
@@ -104,10 +105,10 @@ class Books:
     def reserve(self, terms: Terms) -> None:
         """Let a request in, or raise as Ledger.reserve says."""
         limit, tier = terms.customer.tier.context_tokens, terms.customer.tier
-        if limit is not None and terms.tokens > limit:
+        if limit is not None and terms.longest_tokens > limit:
             raise AccessError(
-                f"{terms.prompt_tokens} prompt tokens and {terms.max_output_tokens} new ones are "
-                f"{terms.tokens}, the tier {tier.name!r} has a context of {limit}",
+                f"the longest text may have {terms.longest_tokens} tokens, the tier {tier.name!r} "
+                f"has a context of {limit}",
                 "shorten the prompt or lower max_tokens",
             )
         if terms.id in self._open:

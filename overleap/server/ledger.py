@@ -80,21 +80,26 @@ class Ledger:
         prompt_tokens: int,
         max_output_tokens: int,
         request_id: str | None = None,
+        *,
+        longest_tokens: int | None = None,
     ) -> AsyncIterator["Reservation"]:
         """Set aside the most a request can use; give back the rest when it ends.
 
         max_output_tokens  of all answers together
         request_id         names the entry in the ledger; unique, drawn where not given
+        longest_tokens     prompt and answer that are longest together; not given, they are all
+                           one text
 
-        Raises AccessError for more tokens than the tier's context, RateError for too many requests
-        a minute or at once, QuotaError where a day's or month's tokens or a prepaid balance do not
-        cover it, AuthError for a key that was revoked meanwhile.
+        Raises AccessError for a longer text than the tier's context, RateError for too many
+        requests a minute or at once, QuotaError where a day's or month's tokens or a prepaid
+        balance do not cover it, AuthError for a key that was revoked meanwhile.
         """
         terms = Terms(
             request_id or uuid.uuid4().hex,
             customer,
             prompt_tokens,
             max_output_tokens,
+            longest_tokens or prompt_tokens + max_output_tokens,
         )
         try:
             await self._do(lambda: self._books.reserve(terms))

@@ -192,8 +192,16 @@ def test_a_request_belongs_to_the_day_it_came_in(
 def test_context_of_the_tier(database: Database, ledger: Ledger) -> None:
     customer = customer_of(database, context_tokens=100)
     spend(ledger, customer, Usage(cache_miss_tokens=90, output_tokens=10))
-    with pytest.raises(AccessError, match="are 101, the tier 'test' has a context of 100"):
+    with pytest.raises(
+        AccessError, match="may have 101 tokens, the tier 'test' has a context of 1"
+    ):
         spend(ledger, customer, Usage(cache_miss_tokens=90, output_tokens=11))
+
+    async def four_answers() -> None:
+        async with ledger.reserve(customer, 90, 40, longest_tokens=100) as reservation:
+            assert reservation.terms.tokens == 130
+
+    asyncio.run(four_answers())
 
 
 def test_a_balance(database: Database, ledger: Ledger) -> None:
