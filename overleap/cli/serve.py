@@ -4,7 +4,6 @@ Not here: what it does (server/), keys and reports. Read next: server/serve.py.
 """
 
 import gc
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from overleap.cli import screen
+from overleap.cli.accounts import Ledger, TiersFile, ledger_of
 from overleap.cli.app import CACHE_SPACE, CacheDir, CacheSpace, Keep, Memory, app
 from overleap.cli.kept import Keeping, default_folder
 from overleap.cli.room import Front, Room, open_front
@@ -23,13 +23,6 @@ from overleap.machine import size
 
 SLOTS = 16
 CACHE_TOKENS = 524_288  # texts in the cache at once, all requests together
-
-
-def default_ledger() -> str:
-    """Where keys and usage are kept unless --ledger says otherwise."""
-    import platformdirs
-
-    return str(platformdirs.user_data_path("overleap") / "ledger.sqlite")
 
 
 @app.command()
@@ -53,10 +46,8 @@ def serve(
     drain_seconds: Annotated[
         float, typer.Option(help="What running answers get when it is told to stop.", min=0)
     ] = 30.0,
-    ledger: Annotated[
-        str | None, typer.Option(help="Keys and usage: a file, or a postgresql:// URL.")
-    ] = None,
-    tiers: Annotated[Path | None, typer.Option(help="Tiers, as tiers.toml has them.")] = None,
+    ledger: Ledger = None,
+    tiers: TiersFile = None,
     costs: Annotated[Path | None, typer.Option(help="Costs, as costs.toml has them.")] = None,
     keys: Annotated[
         bool, typer.Option("--keys", help="Refuse requests without a key on this machine too.")
@@ -85,12 +76,13 @@ def serve(
     import_torch()
     from overleap.server.costs import load_costs
     from overleap.server.database import Database
+    from overleap.server.logs import configure
     from overleap.server.serve import Parts, assemble, listen
     from overleap.server.serve import serve as run
     from overleap.server.settings import Settings
     from overleap.server.tiers import load_tiers
 
-    _log_to_stderr()
+    configure(sys.stderr)
     settings = Settings(
         model=name or _name_of(model, front),
         aliases=tuple(alias or ()),
@@ -101,7 +93,7 @@ def serve(
         drain_s=drain_seconds,
     )
     listening = listen(settings)
-    database = Database(ledger or default_ledger())
+    database = Database(ledger_of(ledger))
     weights = _Weights(front, room, total, slots, keeping)
     service = assemble(
         Parts(
@@ -221,11 +213,3 @@ def _public(front: Front, path: Path | None) -> list[list[int]]:
         for thinking in ([True, False] if front.profile.thinks else [False])
     ]
     return [front.tokenizer.encode_prompt(prompt) for prompt in prompts]
-
-
-def _log_to_stderr() -> None:
-    for name in ("overleap", "uvicorn"):
-        logger = logging.getLogger(name)
-        logger.handlers = [logging.StreamHandler(sys.stderr)]
-        logger.propagate = False
-        logger.setLevel(logging.INFO if name == "overleap" else logging.WARNING)

@@ -51,6 +51,7 @@ class Terms:
     customer: Customer
     prompt_tokens: int
     max_output_tokens: int
+    longest_tokens: int
 
     def __post_init__(self) -> None:
         assert self.prompt_tokens >= 0 and self.max_output_tokens >= 0, self
@@ -64,6 +65,13 @@ class Terms:
     def charge(self) -> int:
         """The most it may cost, in nano-units."""
         return self.customer.tier.price.worst(self.prompt_tokens, self.max_output_tokens)
+
+    def cover(self, usage: Usage) -> bool:
+        """Whether it is no more than was reserved."""
+        return (
+            usage.prompt_tokens <= self.prompt_tokens
+            and usage.output_tokens <= self.max_output_tokens
+        )
 
 
 class Books:
@@ -80,6 +88,7 @@ class Books:
         self._release: Callable[[], None] = _nothing
         self._open: set[str] = set()  # entries of ours
         self._looked = float("-inf")
+        self._again = False  # True while work is done a second time
 
     def open(self) -> int:
         """Become an owner. Returns how many entries of dead owners were refunded."""
@@ -96,21 +105,27 @@ class Books:
     def reserve(self, terms: Terms) -> None:
         """Let a request in, or raise as Ledger.reserve says."""
         limit, tier = terms.customer.tier.context_tokens, terms.customer.tier
-        if limit is not None and terms.tokens > limit:
+        if limit is not None and terms.longest_tokens > limit:
             raise AccessError(
-                f"{terms.prompt_tokens} prompt tokens and {terms.max_output_tokens} new ones are "
-                f"{terms.tokens}, the tier {tier.name!r} has a context of {limit}",
+                f"the longest text may have {terms.longest_tokens} tokens, the tier {tier.name!r} "
+                f"has a context of {limit}",
                 "shorten the prompt or lower max_tokens",
             )
+        if terms.id in self._open:
+            raise _twice(terms)
+        self._open.add(terms.id)  # before, so that a new owner takes it over
         with self._database.reporting("written"):
             try:
-                self._run(lambda connection: self._reserve(connection, terms))
-            except (RateError, QuotaError):
-                # What is in the way may be what a process that died had reserved.
-                if time.monotonic() - self._looked < RECOVER_EVERY_S or not self.recover():
-                    raise
-                self._run(lambda connection: self._reserve(connection, terms))
-            self._open.add(terms.id)
+                try:
+                    self._run(lambda connection: self._reserve(connection, terms))
+                except (RateError, QuotaError):
+                    # What is in the way may be what a process that died had reserved.
+                    if time.monotonic() - self._looked < RECOVER_EVERY_S or not self.recover():
+                        raise
+                    self._run(lambda connection: self._reserve(connection, terms))
+            except BaseException:
+                self._open.discard(terms.id)
+                raise
 
     def settle(self, terms: Terms, usage: Usage) -> None:
         """Charge `usage` and give back the rest; nothing used is a refund."""
@@ -139,8 +154,12 @@ class Books:
             if not error.connection_invalidated:
                 raise
         self._disconnect()
-        with self._connected().begin():
-            return work(self._connected())
+        self._again = True
+        try:
+            with self._connected().begin():
+                return work(self._connected())
+        finally:
+            self._again = False
 
     def _connected(self) -> Connection:
         """The connection; a new one makes us a new owner, who takes over what we had open."""
@@ -205,9 +224,9 @@ class Books:
             raise AuthError(f"the API key {shown(customer.key_id)} was revoked")
         there = connection.execute(sa.select(entries).where(entries.c.id == terms.id)).first()
         if there is not None:
-            if there.owner == self._owner and terms.id not in self._open:
+            if self._again and there.owner == self._owner and there.state == "open":
                 return  # our own, from before the connection was lost
-            raise RequestError(f"a request with the id {terms.id!r} is in the ledger already")
+            raise _twice(terms)
         _check_rates(connection, customer, now)
         day, month = periods(now)
         tier = customer.tier
@@ -312,6 +331,10 @@ _FILLED_LATER = (
     "cache_hit_tokens cache_miss_tokens output_tokens machine_us charge "
     "cost_hardware cost_power cost_other"
 ).split()
+
+
+def _twice(terms: Terms) -> RequestError:
+    return RequestError(f"a request with the id {terms.id!r} is in the ledger already")
 
 
 def _nothing() -> None:

@@ -80,21 +80,26 @@ class Ledger:
         prompt_tokens: int,
         max_output_tokens: int,
         request_id: str | None = None,
+        *,
+        longest_tokens: int | None = None,
     ) -> AsyncIterator["Reservation"]:
         """Set aside the most a request can use; give back the rest when it ends.
 
         max_output_tokens  of all answers together
         request_id         names the entry in the ledger; unique, drawn where not given
+        longest_tokens     prompt and answer that are longest together; not given, they are all
+                           one text
 
-        Raises AccessError for more tokens than the tier's context, RateError for too many requests
-        a minute or at once, QuotaError where a day's or month's tokens or a prepaid balance do not
-        cover it, AuthError for a key that was revoked meanwhile.
+        Raises AccessError for a longer text than the tier's context, RateError for too many
+        requests a minute or at once, QuotaError where a day's or month's tokens or a prepaid
+        balance do not cover it, AuthError for a key that was revoked meanwhile.
         """
         terms = Terms(
             request_id or uuid.uuid4().hex,
             customer,
             prompt_tokens,
             max_output_tokens,
+            longest_tokens or prompt_tokens + max_output_tokens,
         )
         try:
             await self._do(lambda: self._books.reserve(terms))
@@ -114,11 +119,11 @@ class Ledger:
 
 @dataclass(eq=False)
 class Reservation:
-    """A request that was let in. `used` is charged if it is left without being settled."""
+    """A request that was let in. What was noted is charged if it is left without being settled."""
 
     terms: Terms
     _ledger: Ledger
-    used: Usage = field(default_factory=Usage)
+    _used: Usage = field(default_factory=Usage)
     _closing: "Future[None] | None" = None
 
     @property
@@ -126,18 +131,24 @@ class Reservation:
         """Its entry in the ledger."""
         return self.terms.id
 
+    def note(self, usage: Usage) -> None:
+        """What it has used so far; costs nothing, so call it as often as there is news."""
+        assert self._closing is None and self.terms.cover(usage), (self.terms, usage)
+        self._used = usage
+
     async def settle(self, usage: Usage) -> None:
         """Charge what was used and give back the rest, for good; twice with the same is harmless.
 
         When this returns it is on disk: only now may the client be told what was used. Raises
         LedgerError where others found this process dead meanwhile and refunded all of it.
         """
-        assert self._closing is None or usage == self.used, (usage, self.used)
-        self.used = usage
+        if self._closing is None:
+            self.note(usage)
+        assert usage == self._used, (usage, self._used)
         await self._leave()
 
     async def _leave(self) -> None:
         if self._closing is None:
-            ledger, terms, usage = self._ledger, self.terms, self.used
+            ledger, terms, usage = self._ledger, self.terms, self._used
             self._closing = ledger._thread.submit(ledger._books.settle, terms, usage)
         await asyncio.shield(asyncio.wrap_future(self._closing))

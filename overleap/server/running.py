@@ -72,7 +72,13 @@ class Running:
         stack = AsyncExitStack()
         most = sum(request.sampling.max_tokens for request in requests)
         reservation = await stack.enter_async_context(
-            ledger.reserve(admission.customer, tokens, most, admission.id)
+            ledger.reserve(
+                admission.customer,
+                tokens,
+                most,
+                admission.id,
+                longest_tokens=max(request.total_tokens for request in requests),
+            )
         )
         metrics.admitted(admission.customer.tier.name, tokens)
         running = cls(admission, reservation, metrics, [], stack, ended)

@@ -124,8 +124,6 @@ def _tier(name: str, raw: Any, where: str) -> Tier:
             raise ConfigError(f"{where}: {key} is {raw[key]!r}, expected true or false")
     limits = {key: _whole(raw[key], f"{where}: {key}") for key in _LIMITS if key in raw}
     priority = _whole(raw.get("priority", 1), f"{where}: priority")
-    if priority < 1:
-        raise ConfigError(f"{where}: priority is {priority}, it must be at least 1")
     return Tier(
         name=name,
         priority=priority,
@@ -153,10 +151,12 @@ def _whole(raw: Any, where: str) -> int:
     value = number(raw, where)
     if not isinstance(raw, int):
         raise ConfigError(f"{where} is {raw!s}, expected a whole number")
+    if value < 1:
+        raise ConfigError(f"{where} is {raw}, it must be at least 1")
     return int(value)
 
 
 def money(nanos: int, places: int = 6) -> str:
     """Nano-units as units of the currency with a point, rounded half up."""
-    step = Decimal(1).scaleb(-places)
-    return str((Decimal(nanos) / NANOS).quantize(step, rounding="ROUND_HALF_UP"))
+    value = Decimal(nanos).scaleb(-9)
+    return f"{value.quantize(Decimal(1).scaleb(-places), rounding='ROUND_HALF_UP'):f}"

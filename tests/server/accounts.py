@@ -41,11 +41,27 @@ def usage_within(draw: random.Random, prompt_tokens: int, max_output_tokens: int
 
 def spend(ledger: Ledger, customer: Customer, usage: Usage) -> None:
     """One request from its beginning to its end."""
+    asyncio.run(request(ledger, customer, usage))
 
-    async def run() -> None:
-        async with ledger.reserve(
-            customer, usage.prompt_tokens, usage.output_tokens
-        ) as reservation:
-            await reservation.settle(usage)
 
-    asyncio.run(run())
+async def request(ledger: Ledger, customer: Customer, usage: Usage) -> None:
+    """The same, in a loop that runs."""
+    async with ledger.reserve(customer, usage.prompt_tokens, usage.output_tokens) as reservation:
+        await reservation.settle(usage)
+
+
+class Clock:
+    """A clock that stands until it is moved."""
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def crash(ledger: Ledger) -> None:
+    """What kill -9 leaves of a ledger: its lock is gone, its entries are open."""
+    ledger._thread.submit(ledger._books._disconnect).result()
+    ledger._thread.shutdown()
+    ledger._closed = True

@@ -5,7 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,14 +23,26 @@ class Users:
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
+        self.running: set[int] = set()
 
     def start(self, order: dict[str, Any]) -> int:
         """Fork one. Returns its process id."""
-        return int(self._ask(json.dumps(order)))
+        child = int(self._ask(json.dumps(order)))
+        self.running.add(child)
+        return child
+
+    def until_ready(self, folder: Path, children: Iterable[int]) -> None:
+        """Wait until these have opened the ledger, for a minute at most."""
+        missing = {folder / f"ready-{child}" for child in children}
+        deadline = time.monotonic() + 60
+        while missing := {path for path in missing if not path.exists()}:
+            assert time.monotonic() < deadline, missing
+            time.sleep(0.005)
 
     def collect(self) -> tuple[int, int]:
         """Wait for one that ended: its process id, and how."""
         child, status = map(int, self._ask("wait").split())
+        self.running.remove(child)
         return child, status
 
     def kill(self, child: int) -> None:
@@ -51,9 +64,12 @@ def users() -> Iterator[Users]:
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
+        forked = Users(process)
         try:
-            yield Users(process)
+            yield forked
         finally:
+            for child in forked.running:  # a test that failed left them
+                os.kill(child, signal.SIGKILL)
             assert process.stdin is not None
             process.stdin.close()
             process.wait(30)

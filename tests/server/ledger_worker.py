@@ -1,8 +1,11 @@
 """A process that forks users of a ledger, for the tests of races and crashes. Not a test itself.
 
-Reads a line of JSON on stdin for each: where, key, limits, seed, journal, tasks, rounds. It forks a
+Reads a line of JSON on stdin for each: where, key, limits, seed, folder, tasks, rounds. It forks a
 process that reserves and settles until its quota is used up or its rounds are over, and
 prints the process id. A line `wait` collects a dead one and prints its id and how it ended.
+
+In the folder, a file `ready-ID` says that a process has opened the ledger, `done-ID` that it is
+through; it begins when there is a file `go`.
 
 The journal gets a line before and after each settlement, in one write each: `will` and `did`.
 """
@@ -12,6 +15,7 @@ import json
 import os
 import random
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -52,10 +56,12 @@ async def _work(
 def work(order: dict[str, Any]) -> None:
     database = Database(order["where"])
     customer = Auth(database, tiers_of(**order["limits"])).identify(order["key"])
-    journal = os.open(order["journal"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    folder = Path(order["folder"])
+    journal = os.open(folder / "journal", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     with Ledger(database) as ledger:
-        if order.get("ready"):
-            Path(order["ready"]).touch()
+        (folder / f"ready-{os.getpid()}").touch()
+        while not (folder / "go").exists():
+            time.sleep(0.002)
 
         async def run() -> None:
             draws = [random.Random(order["seed"] + task) for task in range(order["tasks"])]
@@ -65,6 +71,7 @@ def work(order: dict[str, Any]) -> None:
             )
 
         asyncio.run(run())
+        (folder / f"done-{os.getpid()}").touch()
     database.close()
 
 
