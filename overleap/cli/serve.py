@@ -145,6 +145,7 @@ class _Weights:
 
     @contextmanager
     def engine(self) -> Iterator[Any]:
+        from overleap.engine.choices import Choices
         from overleap.engine.engine import Engine
 
         disk, fits = self._disk(), self._fits
@@ -158,6 +159,7 @@ class _Weights:
                 snapshot_bytes=fits.snapshot_bytes,
                 model_digest=self.digest,
                 disk=disk,
+                choices=Choices(self._model),
             )
         finally:
             if disk is not None:

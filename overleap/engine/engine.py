@@ -20,6 +20,7 @@ from overleap.cache.state import Cache
 from overleap.engine import request as border
 from overleap.engine import runner
 from overleap.engine.budget import SNAPSHOT_BYTES, pages_in
+from overleap.engine.choices import Choices
 from overleap.engine.gate import Mode
 from overleap.engine.pace import Pace
 from overleap.engine.request import (
@@ -57,6 +58,7 @@ class Engine:
                     are the same
     model_digest    names the weights, for prefixes that outlive the process
     disk            where prefixes are kept beyond the memory and the process; needs model_digest
+    choices         of this model, for requests that want to know them
 
     Raises CapacityError when the memory does not hold a page, ConfigError for a bad budget.
     """
@@ -74,6 +76,7 @@ class Engine:
         speculate: Mode = "auto",
         model_digest: str = "",
         disk: DiskTier | None = None,
+        choices: Choices | None = None,
     ) -> None:
         if disk is not None and not model_digest:
             raise ConfigError("disk is given without model_digest, which names what is kept there")
@@ -90,7 +93,7 @@ class Engine:
             self._cache, snapshot_bytes=snapshot_bytes, model_digest=model_digest, disk=disk
         )
         self._speculator = Speculator(model, self._cache, speculate, self._prefix.enabled)
-        self._pace = Pace()
+        self._pace, self._choices = Pace(), choices
         self._runs: dict[str, Run] = {}
         self._finished = self._read = self._hit = self._generated = self._peak = 0
         self._prefill_s = self._decode_s = 0.0
@@ -205,10 +208,13 @@ class Engine:
         """Run a step, choose the next tokens, and have those after them proposed."""
         began = time.perf_counter()
         rows = [run.row(part) for run, part in zip(runs, parts, strict=True)]
+        if self._choices is not None:
+            self._choices.forget()
         output = runner.step(self.model, self._cache, rows)
         each = (time.perf_counter() - began) / sum(part.count for part in parts)
         for run, part in zip(runs, parts, strict=True):
             run.machine_s += each * part.count
+        self._note_choices(runs, parts)
         wanted = iter(output.logits)
         for run, part in zip(runs, parts, strict=True):
             self._commit(run, part, [next(wanted) for _ in range(part.rows)])
@@ -217,6 +223,14 @@ class Engine:
         ended = time.perf_counter()
         self._speculator.measure(parts, chosen - began, ended - chosen)
         self._count(parts, ended - began)
+
+    def _note_choices(self, runs: list[Run], parts: list[Part]) -> None:
+        """Keep what the indexer chose for the last token of those who want to know."""
+        end = 0
+        for run, part in zip(runs, parts, strict=True):
+            end += part.count
+            if run.handle.request.choices and self._choices is not None:
+                run.chosen = self._choices.of(end - 1, part.start + part.count)
 
     def _offer(self, job: Job) -> Place:
         """Set slot and pages aside for a waiting job, from where a known prefix ends."""
@@ -351,7 +365,12 @@ class Engine:
         del self._runs[run.job.id]
         self._finished += 1
         run.handle.finish = Finish(
-            reason=reason, usage=usage, seed=run.handle.seed, stop_id=stop_id, error=error
+            reason=reason,
+            usage=usage,
+            seed=run.handle.seed,
+            stop_id=stop_id,
+            error=error,
+            chosen=run.chosen,
         )
         run.handle.events.append(run.handle.finish)
 

@@ -124,6 +124,7 @@ class Request:
     flow           requests of one flow share what is its due; flows share by weight
     weight         how much of a busy engine the flow is due, beside others; above 0
     constraint     which tokens may be chosen, None for all
+    choices        tell at the end what the indexer chose for the last token
 
     Raises RequestError for an empty prompt or ids that are not whole numbers >= 0.
     """
@@ -137,6 +138,7 @@ class Request:
     flow: str = ""
     weight: float = 1.0
     constraint: Constraint | None = None
+    choices: bool = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and self.weight > 0):
@@ -227,6 +229,18 @@ class Scores:
     tokens: tuple[Token, ...]
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Which compressed blocks a layer's indexer chose for a token.
+
+    visible  blocks there were; entries: numbers of the chosen ones, ascending
+    """
+
+    layer: int
+    visible: int
+    entries: tuple[int, ...]
+
+
 class FinishReason(StrEnum):
     """Why an answer ended."""
 
@@ -267,6 +281,7 @@ class Finish:
     stop_id  the stop token, which is not sent as a Token; None for other reasons
     seed     the seed that was used: with it the same request gives the same answer
     error    what went wrong, where the reason is ERROR
+    chosen   what the indexer chose for the last token, where the request asked for it
     """
 
     reason: FinishReason
@@ -274,6 +289,7 @@ class Finish:
     seed: int
     stop_id: int | None = None
     error: OverleapError | None = None
+    chosen: tuple[Chosen, ...] = ()
 
 
 Event = Progress | Scores | Token | Finish

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from overleap.cache.prefix import Chain
 from overleap.cache.state import Sequence, Snapshot
-from overleap.engine.request import Handle, Walk
+from overleap.engine.request import Chosen, Handle, Walk
 from overleap.engine.scheduler import Job, Part
 
 
@@ -49,6 +49,7 @@ class Run:
     machine_s: float = 0.0
     draft: Draft = field(default_factory=Draft)
     walk: Walk | None = None
+    chosen: tuple[Chosen, ...] = ()
 
     def row(self, part: Part) -> tuple[Sequence, list[int], int]:
         """The sequence and the token ids of a part, proposals last, for the runner."""

@@ -301,7 +301,7 @@ class Bridge:
                 self._live.pop(generation.request.id, None)
                 self._learn(generation)
         read = unread - self._unread
-        if 0 < read and unread == self._unread_before:
+        if read > 0 and unread == self._unread_before:
             self._rate = _blend(self._rate, read / max(1e-4, now - self._delivered))
         self._delivered, self._unread_before = now, self._unread
 

@@ -6,7 +6,7 @@ The wire is writers.py's, the engine's side running.py's. Read next: completions
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -67,6 +67,7 @@ def _request(turn: Turn, index: int, customer: Customer) -> Request:
         flow=customer.user,
         weight=float(customer.tier.priority),
         constraint=turn.grammar,
+        choices=turn.choices,
     )
 
 
@@ -139,6 +140,8 @@ class _Talk:
                 case Finish():
                     self._check(event, writer)
                     finishes[index] = event
+                    if event.chosen and self._turn.api == "chat" and not index:
+                        yield self._bare() | {"chosen": [asdict(one) for one in event.chosen]}
         usage = await self._running.settle()
         for index, finish in sorted(finishes.items()):
             self._remember(self._writers[index], finish)

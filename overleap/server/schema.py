@@ -59,6 +59,7 @@ class Sampled(Body):
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     user: User | None = None
     return_progress: bool | None = None
+    return_choices: bool | None = None
 
 
 class Thinking(BaseModel):

@@ -66,6 +66,7 @@ class Turn:
     echo      what a Responses answer repeats of its request
     realm     whose cache it may share
     n         answers wanted
+    progress  tell how far the prompt is read; choices: what the indexer chose at the end
     branches  prompt lengths after which later prompts may go on differently
     """
 
@@ -82,6 +83,7 @@ class Turn:
     stream: bool
     include_usage: bool
     progress: bool
+    choices: bool
     branches: tuple[int, ...] = ()
     echo: recipe.ResponsesEcho | None = None
     grammar: Grammar | None = None
@@ -196,6 +198,7 @@ class Turns:
             stream=bool(value.get("stream")),
             include_usage=bool((value.get("stream_options") or {}).get("include_usage")),
             progress=bool(value.get("return_progress")),
+            choices=bool(value.get("return_choices")),
             branches=self._branches(prompt, ids),
             echo=echo,
         )

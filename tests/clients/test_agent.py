@@ -1,4 +1,4 @@
-"""An agent's loop through the `openai` client: the cache is hit however the client writes history."""
+"""An agent through the `openai` client: the cache is hit however the client writes history."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""The `anthropic` client, unchanged, against a server: messages, thinking, tools, counts, errors."""
+"""The `anthropic` client, unchanged, against a server: messages, thinking, tools, errors."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,7 @@
 """A server in a process of its own, and load on it: raw sockets, every token's time noted.
 
 Used by the slow tests, and by hand: `python -m tests.server.load mixed|overload|soak`. Everything
-stays on this machine and is bounded in count and time. Not a benchmark of the model (eval/speed.py).
+stays on this machine and is bounded in count and time. Not a benchmark of a model (eval/speed.py).
 """
 
 import asyncio
