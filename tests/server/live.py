@@ -167,12 +167,16 @@ def live(
         database.close()
 
 
-def scripted(script: Script, *, pages: int = 512, slots: int = 8) -> Callable[[], Engine]:
-    """Makes engines whose model answers from a script."""
+def scripted(
+    script: Script, *, pages: int = 512, slots: int = 8, delay_s: float = 0.0
+) -> Callable[[], Engine]:
+    """Makes engines whose model answers from a script; a step takes `delay_s` at least."""
 
     def make() -> Engine:
+        model = ScriptedModel(script)
+        model.delay_s = delay_s
         return Engine(
-            ScriptedModel(script),  # type: ignore[arg-type]
+            model,  # type: ignore[arg-type]
             pages=pages,
             slots=slots,
             format=CacheFormat.WIDE,
