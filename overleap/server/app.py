@@ -58,6 +58,7 @@ class Route:
     takes: type[BaseModel] | None = None
     streams: bool = False
     parameters: tuple[dict[str, Any], ...] = ()
+    queries: bool = False
 
 
 def build(service: Service) -> FastAPI:
@@ -84,7 +85,7 @@ def build(service: Service) -> FastAPI:
             openapi_extra=_extra(route),
         )
     app.add_exception_handler(HTTPException, partial(_failed, service))
-    app.openapi = partial(_openapi, app, app.openapi, table)  # type: ignore[method-assign]
+    app.openapi = partial(_openapi, app.openapi, table, service.settings.names)  # type: ignore[method-assign]
     app.add_middleware(Front, settings=service.settings)
     return app
 
@@ -162,7 +163,7 @@ def _routes(service: Service, app: FastAPI) -> list[Route]:
               parameters=(name,)),
         Route("GET", "/", Access.PUBLIC, page),
         Route("GET", "/openapi.json", Access.PUBLIC, description, schema.Answer),
-        *(Route(*line) for line in admin.routes(service)),
+        *(Route(*line, queries="/organization/" in line[1]) for line in admin.routes(service)),
     ]  # fmt: skip
 
 
@@ -256,7 +257,7 @@ def _responses(route: Route) -> dict[int | str, dict[str, Any]]:
         statuses += [401, 403, 503]
     if route.takes is not None:
         statuses += [400, 404, 413, 415]
-    if route.parameters:
+    if route.parameters or route.queries:
         statuses += [400, 404]
     if route.streams:
         statuses += [402, 429, 529 if error is schema.MessagesErrorBody else 503]
@@ -266,7 +267,7 @@ def _responses(route: Route) -> dict[int | str, dict[str, Any]]:
     if route.gives is not None:
         found[200] = {"model": route.gives, "description": "Answered."}
         if route.streams:
-            found[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+            found[200]["content"] = {"text/event-stream": {}}
     else:
         kind = "text/html" if route.path == "/" else "text/plain"
         found[200] = {"description": "A text.", "content": {kind: {"schema": {"type": "string"}}}}
@@ -287,7 +288,7 @@ def _extra(route: Route) -> dict[str, Any]:
 
 
 def _openapi(
-    app: FastAPI, made: Callable[[], dict[str, Any]], table: list[Route]
+    made: Callable[[], dict[str, Any]], table: list[Route], names: tuple[str, ...]
 ) -> dict[str, Any]:
     """FastAPI's description, with the bodies that the routes read themselves."""
     found = made()
@@ -298,6 +299,8 @@ def _openapi(
             continue
         body = route.takes.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas.update(body.pop("$defs", {}))
+        if "model" in body["properties"]:
+            body["properties"]["model"] = {"type": "string", "enum": list(names)}
         schemas[route.takes.__name__] = body
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     return found

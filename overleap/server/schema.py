@@ -71,7 +71,14 @@ class Thinking(BaseModel):
 class ChatBody(Sampled):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Object], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[
+        list[Object],
+        Field(
+            min_length=1,
+            max_length=MAX_MESSAGES,
+            examples=[[{"role": "user", "content": "What is the color of Alice?"}]],
+        ),
+    ]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None

@@ -68,15 +68,14 @@ class ScriptedModel(FakeModel):
         assistant, think, end = (
             TOKENIZER.id_of(t) for t in ("<｜Assistant｜>", "<think>", "</think>")
         )
-        if assistant not in ids:
-            return self.plain_prompt
+        if assistant not in ids:  # no chat: the prompt ends with its last line
+            (line_end,) = TOKENIZER.encode("\n")
+            return len(ids) - ids[::-1].index(line_end) if line_end in ids else 1
         start = len(ids) - ids[::-1].index(assistant)
         if ids[start : start + 1] in ([think], [end]):
             start += 1
         opened = TOKENIZER.encode("\n\n<｜DSML｜tool_calls>\n", special=True)
         return start + len(opened) if ids[start : start + len(opened)] == opened else start
-
-    plain_prompt = 1  # tokens of a prompt without chat format
 
 
 @dataclass(eq=False)

@@ -167,7 +167,7 @@ def test_a_client_that_leaves_frees_its_place_within_a_step(server: Live, seed: 
 
     async def leave() -> None:
         told = await load.ask(
-            port_of(server), "long", 400, leave_after=draw.randint(0, 5), key=key, model=NAME
+            port_of(server), "long\n", 400, leave_after=draw.randint(0, 5), key=key, model=NAME
         )
         assert told.status == 200
 
@@ -181,6 +181,9 @@ def test_a_client_that_leaves_frees_its_place_within_a_step(server: Live, seed: 
         assert time.monotonic() < deadline, "a request is still there"
         time.sleep(0.01)
     assert server.service.bridge.waiting == 0
+    stats = server.service.bridge.ask(lambda engine: engine.stats())
+    told = asyncio.run_coroutine_threadsafe(stats, server.loop).result(5)
+    assert told.generated_tokens < told.finished * 100, "answers went on without their readers"
     assert (
         server.service.reports.standing(server.service.auth.identify(key)).requests_at_once == 64
     ), "the books still count a request that is gone"
@@ -201,7 +204,7 @@ def test_a_server_that_is_told_to_stop_ends_every_stream_properly(tmp_path: Path
 
         async def streams() -> list[load.Told]:
             asked = [
-                asyncio.ensure_future(load.ask(port_of(server), f"long {n}", 400, model=NAME))
+                asyncio.ensure_future(load.ask(port_of(server), f"{n} long\n", 400, model=NAME))
                 for n in range(8)
             ]
             await asyncio.sleep(0.4)
