@@ -62,6 +62,19 @@ def forget_peak(proc: Path = Path("/proc")) -> None:
         (proc / "self" / "clear_refs").write_text("5", "ascii")
 
 
+def recent_peak_bytes(proc: Path = Path("/proc")) -> int | None:
+    """Most memory resident since forget_peak (Linux), or ever; None if unknown.
+
+    What getrusage tells is at least what the parent process held when it started this one.
+    """
+    try:
+        lines = (proc / "self" / "status").read_text("ascii", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    found = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+    return found[0] * 1024 if found else peak_resident_bytes()
+
+
 def free_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Memory that can be taken without swapping, the control group's limit included.
 

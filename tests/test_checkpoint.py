@@ -338,25 +338,27 @@ def test_show(seed: int, tmp_path: Path) -> None:
     assert facts["manifest"] is True
 
 
-def test_large_checkpoints_are_read_once(
+def test_large_checkpoints_are_read_when_asked(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
     assert open_checkpoint(tiny, cache=cache)[1] is Verified.FULL
     assert not cache.exists(), "a small checkpoint is always read, so there is nothing to remember"
     monkeypatch.setattr(manifest, "FULL_CHECK_BYTES", 0)
-    assert open_checkpoint(tiny, verify=False, cache=cache)[1] is Verified.HEADERS
+    assert open_checkpoint(tiny, cache=cache)[1] is Verified.HEADERS
     calls: list[tuple[int, int]] = []
-    first = open_checkpoint(tiny, cache=cache, progress=lambda *at: calls.append(at))
+    first = open_checkpoint(tiny, cache=cache, verify=True, progress=lambda *at: calls.append(at))
     assert first[1] is Verified.FULL
     assert calls[-1][0] == calls[-1][1] == (tiny / "model.safetensors").stat().st_size
     assert open_checkpoint(tiny, cache=cache)[1] is Verified.REMEMBERED
-    assert open_checkpoint(tiny, cache=cache, verify=True)[1] is Verified.FULL
+    assert open_checkpoint(tiny, cache=cache, verify=False)[1] is Verified.HEADERS
     (tiny / "model.safetensors").touch()
-    assert open_checkpoint(tiny, cache=cache)[1] is Verified.FULL
+    assert open_checkpoint(tiny, cache=cache)[1] is Verified.HEADERS
+    assert verify(tiny, cache=cache).ok
     assert open_checkpoint(tiny, cache=cache)[1] is Verified.REMEMBERED
     (cache / "verified.json").write_text("[")
-    assert open_checkpoint(tiny, cache=cache)[1] is Verified.FULL
+    assert open_checkpoint(tiny, cache=cache)[1] is Verified.HEADERS
+    assert open_checkpoint(tiny, cache=cache, verify=True)[1] is Verified.FULL
     write_manifest(tiny)
     assert open_checkpoint(tiny, cache=cache)[1] is Verified.REMEMBERED
 

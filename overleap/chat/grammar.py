@@ -144,7 +144,7 @@ class GrammarWalk:
                 f"the format cannot be held: {_first_line(self._matcher.get_error())}",
                 "a simpler schema or pattern will do",
             )
-        return bytes(mask)
+        return bytes(mask[: -(-self._vocab_size // 8)])
 
     def accept(self, token: int) -> None:
         """This token was chosen."""

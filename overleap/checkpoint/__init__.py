@@ -10,11 +10,13 @@ from overleap.checkpoint.folder import Checkpoint, save
 from overleap.checkpoint.hub import Preflight, locate, preflight
 from overleap.checkpoint.load import Report, Verified, build, load, open_checkpoint, verify
 from overleap.checkpoint.manifest import write_manifest
+from overleap.checkpoint.pages import Placed, placed
 from overleap.checkpoint.table import Damaged, Problem, TensorSpec, tensor_table
 
 __all__ = [
     "Checkpoint",
     "Damaged",
+    "Placed",
     "Preflight",
     "Problem",
     "Report",
@@ -25,6 +27,7 @@ __all__ = [
     "load",
     "locate",
     "open_checkpoint",
+    "placed",
     "preflight",
     "save",
     "show",

@@ -72,7 +72,8 @@ def load(
               of the mapped files
     wide      unpack FP8 and FP4 weights to `dtype`: nothing is rounded, and memory grows
     verify    True reads every byte against the manifest, False sizes and headers only; None reads
-              every byte up to 4 GiB, and above once, until a file changes size, time or inode
+              every byte up to 4 GiB, so that larger ones start in seconds (`overleap models verify`
+              reads them whole, and is remembered until a file changes size, time or inode)
     progress  called with bytes verified so far and in all
     announce  called with the sizes before anything is fetched from the hub
     Raises ConfigError, CheckpointError (file, tensor, reason), CapacityError, BackendError.
@@ -106,7 +107,7 @@ def open_checkpoint(
     checkpoint = Checkpoint(folder)
     large = manifest.tensor_bytes > digests.FULL_CHECK_BYTES
     remembered = large and verify is None and digests.is_remembered(folder, manifest, cache)
-    full = verify is not False and not remembered
+    full = not large if verify is None else verify
     _raise(digests.check_tensors(folder, manifest, full, progress))
     if full and large:
         digests.remember(folder, manifest, cache)

@@ -25,7 +25,7 @@ from overleap.errors import CheckpointError
 
 MANIFEST = "overleap.manifest.json"
 FORMAT = "overleap.manifest/1"
-FULL_CHECK_BYTES = 4 * 2**30  # up to here, loading reads every byte once more (seconds)
+FULL_CHECK_BYTES = 4 * 2**30  # up to here, loading reads every byte (seconds)
 _CHUNK = 8 * 2**20
 
 

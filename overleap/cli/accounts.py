@@ -108,7 +108,7 @@ def list_(ledger: Ledger = None, as_json: Json = False) -> None:
 
 
 @keys.command()
-def revoke(key: KeyId, ledger: Ledger = None) -> None:
+def revoke(key: KeyId, ledger: Ledger = None, as_json: Json = False) -> None:
     """End a key, from its next request on. What it used stays in the reports.
 
     Example: `overleap keys revoke 3kq0m2x9ab7c`
@@ -117,7 +117,7 @@ def revoke(key: KeyId, ledger: Ledger = None) -> None:
 
     with _database(ledger) as database:
         revoke_key(database, key)
-    print(f"{key} is revoked")
+    _done(key, f"{key} is revoked", as_json)
 
 
 @keys.command()
@@ -125,6 +125,7 @@ def credit(
     key: KeyId,
     amount: Annotated[str, typer.Argument(help="Like 12.50; below zero takes back.")],
     ledger: Ledger = None,
+    as_json: Json = False,
 ) -> None:
     """Book a payment for a key of a prepaid tier.
 
@@ -134,7 +135,15 @@ def credit(
 
     with _database(ledger) as database:
         credit_key(database, key, _nanos(amount))
-    print(f"{amount} booked for {key}")
+    _done(key, f"{amount} booked for {key}", as_json)
+
+
+def _done(key: str, sentence: str, as_json: bool) -> None:
+    """Say so."""
+    if as_json:
+        screen.put_json({"key": key, "done": sentence})
+    else:
+        print(sentence)
 
 
 @app.command()

@@ -5,7 +5,6 @@ picture (eval/plot.py).
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +18,20 @@ from overleap.machine import peak_resident_bytes, size
 
 Results = Annotated[Path, typer.Option(help="Folder of the record.")]
 Save = Annotated[bool, typer.Option(help="Add the record to the folder.")]
+Measured = Annotated[
+    str | None,
+    typer.Argument(
+        help="Folder, hub id, `mini`, `random` (small), `bench-122m-bf16` or "
+        "`bench-122m-release` (random weights of every kind, written for the run)."
+    ),
+]
+Peers = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Compare with `transformers` or `llama.cpp` in the same run; NAME:8192 asks it "
+        "for no more than 8192 tokens. May be repeated."
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -33,9 +46,7 @@ class _Output:
 
 @app.command()
 def bench(
-    model: Annotated[
-        str | None, typer.Argument(help="Folder, hub id, `mini`, or `random` (small).")
-    ] = None,
+    model: Measured = None,
     depth: Annotated[
         list[int] | None, typer.Option(help="Tokens; may be repeated. Else 1K, 4K, 16K, ...")
     ] = None,
@@ -54,6 +65,8 @@ def bench(
         list[str] | None,
         typer.Option(help="Kernel backend, else `auto`; repeated: compared with the first."),
     ] = None,
+    versus: Peers = None,
+    rounds: Annotated[int, typer.Option(help="Readings at each depth, of --versus.", min=1)] = 3,
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's choice else.")] = None,
     seed: Annotated[int, typer.Option(help="Of the text, and of random weights.")] = 0,
     results: Results = Path("results"),
@@ -85,6 +98,12 @@ def bench(
         _geometry(geometry, context, backends, settings, output)
         return
     settings |= {"cache": cache, "chunk_tokens": chunk, "decode_steps": decode}
+    if versus:
+        from overleap.cli.versus import compare
+
+        shown = compare(model, depth, versus, rounds, backends, settings)
+        _report("versus", *shown, output)
+        return
     _speed(model, depth, to, backends, settings, output)
 
 
@@ -152,7 +171,9 @@ def _speed(
         f"{name}, one sequence: tokens/s of all tokens read, of those since the depth before, "
         "and of writing"
     )
-    shown = _Table(title, columns, [_cells(row, backends[0], len(backends) > 1) for row in numbers])
+    shown = screen.Shown(
+        title, columns, [_cells(row, backends[0], len(backends) > 1) for row in numbers]
+    )
     _report("speed", shown, numbers, settings, weights, output)
 
 
@@ -221,21 +242,12 @@ def _geometry(
         ]
     settings |= {"geometry": name, "context_tokens": tokens}
     columns = ("backend", "part of a decode step", "layers", "time", "cache bytes read", "GB/s")
-    _report("geometry", _Table(title, columns, rows), numbers, settings, None, output)
-
-
-@dataclass(frozen=True)
-class _Table:
-    """A record for people."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[tuple[object, ...]]
+    _report("geometry", screen.Shown(title, columns, rows), numbers, settings, None, output)
 
 
 def _report(
     subject: str,
-    table: _Table,
+    table: screen.Shown,
     numbers: list[dict[str, Any]],
     settings: dict[str, Any],
     weights: str | None,

@@ -108,6 +108,7 @@ def _facts(session: Session, answers: list[Any], checks: list[dict[str, Any]]) -
         "predicted_peak_bytes": session.fits.peak_bytes,
         "peak_process_bytes": session.engine.stats().peak_process_bytes,
         "speculation": session.speculation(),
+        "experts": session.experts(),
         "verified": {key: sum(check[key] for check in checks) for key in checks[0]}
         if checks
         else None,

@@ -15,13 +15,15 @@ from overleap.cache import layout
 from overleap.cache.layout import CacheFormat
 from overleap.cli.app import cache_format_of
 from overleap.config import ModelConfig
-from overleap.engine.budget import Budget, budget, parse_bytes
+from overleap.engine.budget import NO_WEIGHTS, Budget, budget, parse_bytes
 from overleap.errors import CapacityError, OverleapError, RequestError
+from overleap.weights import Weights, mapped_weights
 
 # Resident memory of the process once torch is imported: no build takes less; what the CPU build
-# takes. Weights come on top, and those that are unpacked or widened grow by so much at most.
+# takes. Weights come on top; those that are unpacked and widened grow by so much at most.
 LEAST_RESIDENT, USUAL_RESIDENT = 192 * 2**20, 256 * 2**20
-GROWTH = {CacheFormat.RELEASE: 2, CacheFormat.WIDE: 8}
+WIDE_GROWTH = 8
+SPARED = 10  # without a limit, one part in so many of what is free is not filled with experts
 TEXT_BYTES = 450  # of memory for each token of a text that was tokenized
 SLICE, SLICE_SLACK = 2**18, 16  # characters counted at a time; tokens a cut may add at most
 
@@ -99,30 +101,38 @@ class Room:
         text_bytes: int = 0,
         native: bool = False,
         slots: int = 2,
+        weights: Weights = NO_WEIGHTS,
     ) -> Budget:
         """Room for texts of `tokens` tokens in all; its resident_bytes include second_bytes.
 
         resident_bytes  of the process when the engine is made; as it is now if not given
         native          as for layout.scratch_bytes
         text_bytes      that will come on top for each token, minded in that largest context
+        weights         as for budget()
         Raises CapacityError naming the largest context that fits.
         """
-        now, limit = machine.resident_bytes(), self.limit
+        now, limit, spared = machine.resident_bytes(), self.limit, 0
         if limit is None:
             free = machine.free_bytes()
-            limit = 1 << 62 if free is None else now + free
+            limit, spared = (1 << 62, 0) if free is None else (now + free, free // SPARED)
         before = now if resident_bytes is None else resident_bytes
 
         def fitting(tokens: int, text_bytes: int = text_bytes) -> Budget:
-            return budget(
-                config,
-                tokens,
-                self.cache_format,
-                memory_bytes=limit,
-                native=native,
-                slots=slots,
-                resident_bytes=before + text_bytes * tokens + self.second_bytes(config, tokens),
-            )
+            def within(memory_bytes: int) -> Budget:
+                return budget(
+                    config,
+                    tokens,
+                    self.cache_format,
+                    memory_bytes=memory_bytes,
+                    native=native,
+                    slots=slots,
+                    resident_bytes=before + text_bytes * tokens + self.second_bytes(config, tokens),
+                    weights=weights,
+                )
+
+            found = within(limit)
+            bounded = found.expert_bytes < weights.expert_bytes
+            return within(limit - spared) if bounded and spared else found
 
         try:
             return fitting(tokens, 0)
@@ -143,13 +153,16 @@ class Room:
 
         Raises CapacityError, or RequestError for more positions than the model has.
         """
-        config = front.config
+        config, wide = front.config, self.cache_format is CacheFormat.WIDE
+        mapped = NO_WEIGHTS if wide else mapped_weights(config, front.weight_bytes)
+        # Plain weights may be converted when they are read, to half their bytes or twice.
+        sure = mapped if config.quantization_config is not None else NO_WEIGHTS
         try:
-            self.fit(config, tokens, LEAST_RESIDENT, native=True)
+            self.fit(config, tokens, LEAST_RESIDENT, native=True, weights=sure)
         except CapacityError:
-            # Its numbers leave out weights and text. They belong into what a person is told.
-            weights = GROWTH[self.cache_format] * front.weight_bytes
-            self.fit(config, tokens, USUAL_RESIDENT + weights, text_bytes, native=True)
+            # Its numbers leave out text and some weights. They belong into what a person is told.
+            before = USUAL_RESIDENT + wide * WIDE_GROWTH * front.weight_bytes
+            self.fit(config, tokens, before, text_bytes, native=True, weights=mapped)
             raise
         if tokens > config.max_position_embeddings:
             raise RequestError(

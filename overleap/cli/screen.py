@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -39,6 +40,15 @@ def _plain(text: str) -> str:
 def put_json(value: Any) -> None:
     """One JSON document on stdout."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What put_table shows."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[tuple[object, ...]]
 
 
 def put_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

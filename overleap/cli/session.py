@@ -19,6 +19,7 @@ from overleap.cli.kept import Keeping, note_trouble, open_disk
 from overleap.cli.room import Front, Room
 from overleap.engine.budget import Budget
 from overleap.machine import size
+from overleap.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,11 @@ class Session:
             "why": _why(done.state, done.gain),
         }
 
+    def experts(self) -> dict[str, Any] | None:
+        """What keeping only some experts in memory meant so far; None where all may be there."""
+        stats = self.engine.stats().experts
+        return None if stats is None else asdict(stats)
+
     def measured_bytes_per_token(self) -> float:
         """Bytes of the tensors that hold pages, by the tokens that the pages can hold."""
         stats = self.engine.stats()
@@ -148,6 +154,7 @@ class Session:
             f"{usage.prefill_s + usage.decode_s:.1f} s",
             f"decode {decode:.1f} tokens/s",
             f"peak memory {size(peak)}" if peak else "",
+            _kept_experts(self.experts()),
             _proposals(self.speculation()),
         ]
         return " · ".join(part for part in parts if part)
@@ -171,26 +178,28 @@ def open_session(
     keeping  where what is read is kept on disk; None for nowhere
     """
     import_torch()
-    from overleap.checkpoint import load
+    from overleap.checkpoint import Verified, build, open_checkpoint, placed
     from overleap.checkpoint.manifest import read_manifest
     from overleap.engine.engine import Engine
+    from overleap.engine.resident import Resident
     from overleap.kernels import native
 
     form = room.cache_format
     with screen.bar("verifying weights", "B") as bar:
-        model = load(front.folder, wide=form == "wide", progress=bar)
+        checkpoint, verified = open_checkpoint(front.folder, progress=bar)
+    if verified is Verified.HEADERS:
+        screen.note(f"weights: {verified}; `overleap models verify` reads every byte")
+    model = build(checkpoint, wide=form == "wide")
+    lying = placed(checkpoint, model)
     manifest = read_manifest(front.folder)
     digest = "" if manifest is None else manifest.digest
     disk = None if keeping is None else open_disk(context, digest, keeping)
-    fits = room.fit(model.config, tokens, native=native())
-    second = room.second_bytes(model.config, tokens)
-    screen.note(
-        f"predicted peak memory {size(fits.peak_bytes)}: {size(fits.resident_bytes - second)} "
-        f"now, {size(fits.cache_bytes)} cache for {tokens:,} tokens, "
-        f"{size(fits.kept_bytes)} snapshots and text, {size(fits.scratch_bytes)} scratch"
-        + f", {size(second)} to verify"
-        * room.verify
-    )
+    fits = room.fit(model.config, tokens, native=native(), weights=lying.weights)
+    screen.note(_prediction(fits, lying.weights, tokens, room.second_bytes(model.config, tokens)))
+    resident = None
+    if fits.expert_bytes < lying.weights.expert_bytes:
+        resident = Resident(model, lying, fits.expert_bytes)
+        context.call_on_close(resident.close)
     engine = Engine(
         model,
         pages=fits.pages,
@@ -200,8 +209,26 @@ def open_session(
         snapshot_bytes=fits.snapshot_bytes,
         model_digest=digest,
         disk=disk,
+        resident=resident,
     )
     return Session(front, room, model, engine, fits)
+
+
+def _prediction(fits: Budget, weights: Weights, tokens: int, second: int) -> str:
+    """What a run will take in memory, part by part."""
+    whole = fits.expert_bytes == weights.expert_bytes
+    mapped = fits.weight_bytes + whole * fits.expert_bytes
+    parts = [
+        f"{size(fits.resident_bytes - second)} now",
+        f"{size(mapped)} weights still to be read" if mapped else "",
+        f"{size(fits.expert_bytes)} for {size(weights.expert_bytes)} of experts" * (not whole),
+        f"{size(fits.cache_bytes)} cache for {tokens:,} tokens",
+        f"{size(fits.kept_bytes)} snapshots and text",
+        f"{size(fits.scratch_bytes)} scratch",
+        f"{size(second)} to verify" if second else "",
+    ]
+    told = ", ".join(part for part in parts if part)
+    return f"predicted peak memory {size(fits.peak_bytes)}: {told}"
 
 
 def import_torch() -> None:
@@ -241,6 +268,21 @@ def _why(state: str, gain: float | None) -> str:
         "on": f"on{times}",
         "paused": f"paused, because it does not pay{times}",
     }[state]
+
+
+def _kept_experts(facts: dict[str, Any] | None) -> str:
+    if facts is None:
+        return ""
+    uses = max(1, facts["kept"] + facts["ahead"] + facts["missed"])
+    kept, ahead, missed = (facts[name] / uses for name in ("kept", "ahead", "missed"))
+    right = facts["right"] / max(1, facts["read_ahead"])
+    return (
+        f"experts: {kept:.0%} in memory, {ahead:.0%} read ahead ({right:.0%} of those read ahead "
+        f"were right), {missed:.0%} waited for, {size(facts['read_bytes'])} read, "
+        f"{size(facts['resident_bytes'])} of {size(facts['bound_bytes'])} held"
+        + " (not bounded: this system takes no advice about memory)"
+        * (not facts["bounded"])
+    )
 
 
 def _proposals(facts: dict[str, Any]) -> str:

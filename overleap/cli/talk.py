@@ -81,6 +81,7 @@ def ask(
                 "usage": asdict(told.finish.usage),
                 "seed": told.finish.seed,
                 "speculation": session.speculation(),
+                "experts": session.experts(),
                 "verified": told.verified,
             }
         )
@@ -208,6 +209,7 @@ def generate(
                 "seed": finish.seed,
                 "usage": asdict(finish.usage),
                 "speculation": session.speculation(),
+                "experts": session.experts(),
                 "verified": verified,
             }
         )

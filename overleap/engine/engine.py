@@ -36,6 +36,7 @@ from overleap.engine.request import (
     Token,
     Usage,
 )
+from overleap.engine.resident import Resident
 from overleap.engine.run import Run
 from overleap.engine.sampler import score
 from overleap.engine.scheduler import Job, Part, Place, Scheduler
@@ -59,6 +60,7 @@ class Engine:
     model_digest    names the weights, for prefixes that outlive the process
     disk            where prefixes are kept beyond the memory and the process; needs model_digest
     choices         of this model, for requests that want to know them
+    resident        what bounds the model's experts in memory, where anything does, for stats()
 
     Raises CapacityError when the memory does not hold a page, ConfigError for a bad budget.
     """
@@ -77,6 +79,7 @@ class Engine:
         model_digest: str = "",
         disk: DiskTier | None = None,
         choices: Choices | None = None,
+        resident: Resident | None = None,
     ) -> None:
         if disk is not None and not model_digest:
             raise ConfigError("disk is given without model_digest, which names what is kept there")
@@ -84,7 +87,7 @@ class Engine:
             pages = pages_in(model.config, memory_bytes or 2**30, slots, format)
         elif memory_bytes is not None:
             raise ConfigError("memory_bytes and pages are both given", "give one of them")
-        self.model, self.format = model, format
+        self.model, self.format, self._resident = model, format, resident
         self._scheduler = Scheduler(pages=pages, slots=slots, chunk_tokens=chunk_tokens)
         self._cache = Cache(
             model.config, pages=pages, slots=slots, format=format, device=model.device
@@ -315,7 +318,7 @@ class Engine:
         assert top is not None
         following = run.ids[part.start + 1 : part.start + part.count + 1]
         scored = tuple(
-            score(logits_V, token, top)
+            score(logits_V, token, top, self.model.ops)
             for logits_V, token in zip(rows, following, strict=not part.logits)
         )
         run.handle.events.append(Scores(scored))
@@ -394,6 +397,7 @@ class Engine:
             peak_process_bytes=machine.peak_resident_bytes(),
             speculation=self._speculator.stats(),
             disk=self._prefix.disk_stats(),
+            experts=None if self._resident is None else self._resident.stats(),
         )
 
     def _count(self, parts: list[Part], seconds: float) -> None:

@@ -342,6 +342,31 @@ class Speculation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertStats:
+    """What keeping only some of the routed experts in memory has cost and brought so far.
+
+    kept        times a layer of a step wanted an expert that was in memory from earlier on
+    ahead       that was read, or being read, because it was expected
+    missed      that nobody had begun to read
+    read_ahead  experts read because they were expected; `right` of them were then used
+    read_bytes  of experts brought into memory, from the disk or the system's cache of it
+    waited_s    seconds the model waited for them
+    bounded     False where the system takes no advice about pages and keeps them as it likes
+    """
+
+    kept: int
+    ahead: int
+    missed: int
+    read_ahead: int
+    right: int
+    read_bytes: int
+    resident_bytes: int
+    bound_bytes: int
+    waited_s: float
+    bounded: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stats:
     """What an engine has done since it was made, and what it holds now.
 
@@ -350,6 +375,7 @@ class Stats:
     cache_bytes      pages held (by requests or as prefixes), slots taken and snapshots
     allocated_bytes  pages and slots, in use or not
     disk             prefixes on disk, None where none are kept
+    experts          None where all of them may be in memory
     """
 
     waiting: int
@@ -368,3 +394,4 @@ class Stats:
     peak_process_bytes: int | None
     speculation: Speculation
     disk: DiskStats | None = None
+    experts: ExpertStats | None = None

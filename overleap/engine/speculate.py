@@ -28,9 +28,10 @@ from overleap.engine import runner
 from overleap.engine.gate import Gate, Mode, Step
 from overleap.engine.request import Speculation, Token
 from overleap.engine.run import Run
-from overleap.engine.sampler import Draw, allow, sample
+from overleap.engine.sampler import Draw, sample
 from overleap.engine.scheduler import Part
 from overleap.errors import BackendError, ConfigError, OverleapError
+from overleap.kernels.spec import Ops
 from overleap.model.transformer import Transformer
 
 TOKENS = 1  # proposed at a time: one per MTP block, and releases have one
@@ -109,9 +110,9 @@ class Speculator:
 
         def draw(logits_V: Tensor, index: int) -> Token:
             # Rows are drawn in order, and each drawn token is kept: the walk never goes back.
-            if run.walk is not None:
-                logits_V = allow(logits_V, run.walk.allowed())
-            token = sample(logits_V, Draw(sampling, seed, job.generated + index))
+            allowed = None if run.walk is None else run.walk.allowed()
+            where = Draw(sampling, seed, job.generated + index)
+            token = sample(logits_V, where, self._model.ops, allowed)
             if run.walk is not None and token.id not in run.stop_ids:
                 run.walk.accept(token.id)
             return token
@@ -154,7 +155,7 @@ class Speculator:
         rows_T = torch.tensor(rows, dtype=torch.int64, device=streams_TMD.device)
         logits_RV = runner.draft(self._model, self._cache, streams_TMD[rows_T], follows)
         for run, logits_V in zip(proposing, logits_RV, strict=True):
-            run.draft.tokens = [_guess(run, logits_V)]
+            run.draft.tokens = [_guess(run, logits_V, self._model.ops)]
 
     def _added(self, run: Run, part: Part) -> runner.Follow | None:
         """What the draft block needs of the tokens that a part has added; None for nothing."""
@@ -192,10 +193,10 @@ class Speculator:
         )
 
 
-def _guess(run: Run, logits_V: Tensor) -> int:
+def _guess(run: Run, logits_V: Tensor, ops: Ops) -> int:
     """What the sampler would choose if the draft's logits were the model's."""
     sampling = replace(run.handle.request.sampling, logprobs=None)
     try:
-        return sample(logits_V, Draw(sampling, run.handle.seed, run.job.generated)).id
+        return sample(logits_V, Draw(sampling, run.handle.seed, run.job.generated), ops).id
     except BackendError:
         return 0  # not numbers: a guess like any other, and an acceptance that tells of it

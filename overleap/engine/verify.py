@@ -13,8 +13,9 @@ from torch import Tensor
 from overleap.cache.layout import CacheFormat, pages_for
 from overleap.cache.state import Cache
 from overleap.engine.request import Completion, FinishReason, Request
-from overleap.engine.sampler import Draw, allow, candidates, sample, uniform
+from overleap.engine.sampler import Draw, choice_of, sample, uniform
 from overleap.errors import StateError
+from overleap.kernels.torch.sample import candidates
 from overleap.model.transformer import Batch, Transformer
 
 Progress = Callable[[int, int], None]
@@ -83,11 +84,10 @@ def differences(
             rows = model(Batch.of([(sequence, ids[start:end])], cache, [wanted]), cache).logits
             for index, logits_V in enumerate(rows, start - first):
                 draw = Draw(request.sampling, completion.finish.seed, index)
-                if walk is not None:
-                    logits_V = allow(logits_V, walk.allowed())
-                    if index < len(completion.ids):
-                        walk.accept(given[index])
-                expected = sample(logits_V, draw).id
+                allowed = None if walk is None else walk.allowed()
+                if walk is not None and index < len(completion.ids):
+                    walk.accept(given[index])
+                expected = sample(logits_V, draw, model.ops, allowed).id
                 if expected != given[index]:
                     gap = _gap(logits_V, draw, given[index])
                     found.append(Difference(index, given[index], expected, gap))
@@ -119,7 +119,7 @@ def _gap(logits_V: Tensor, draw: Draw, given: int) -> float:
     """How far the given token is from being the one that these logits choose."""
     if draw.sampling.greedy:
         return float(logits_V.max() - logits_V[given])
-    probability, ids = candidates(logits_V, draw.sampling)
+    probability, ids = candidates(logits_V, choice_of(draw.sampling, 0.0))
     place = (ids == given).nonzero()
     if not len(place):
         return 1.0

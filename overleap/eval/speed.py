@@ -5,8 +5,10 @@ Read next: record.py (what is kept of it), plot.py, geometry.py (released shapes
 """
 
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +27,7 @@ from overleap.config import ModelConfig
 from overleap.engine.budget import CHUNKS, SPARE_PAGES, budget
 from overleap.engine.runner import run
 from overleap.errors import CheckpointError, RequestError
+from overleap.eval.bench_model import BENCH_MODELS, write_bench_model
 from overleap.eval.random_model import random_model, small_config
 from overleap.eval.record import Scalar
 from overleap.model.transformer import Transformer
@@ -179,7 +182,7 @@ def speed(
             reading.cache.nbytes(reading.text),
             reading.cache.allocated_bytes,
             base,
-            _peak_bytes(),
+            machine.recent_peak_bytes(),
             base + reading.cache.allocated_bytes + scratch,
         )
         found.append(Speed(depth, seconds, depth - before, took, tuple(steps), memory))
@@ -192,19 +195,6 @@ def _base_bytes(model: Transformer) -> int:
         weight.data.view(torch.uint8).count_nonzero()
     machine.forget_peak()
     return machine.resident_bytes()
-
-
-def _peak_bytes(proc: Path = Path("/proc")) -> int | None:
-    """Most memory resident since machine.forget_peak (Linux), or ever; None if unknown.
-
-    What getrusage tells is at least what the parent process held when it started this one.
-    """
-    try:
-        lines = (proc / "self" / "status").read_text("ascii", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    found = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
-    return found[0] * 1024 if found else machine.peak_resident_bytes()
 
 
 def _refuse_what_does_not_fit(
@@ -324,6 +314,22 @@ def _step(model: Transformer, cache: Cache, text: Text, ids: list[int]) -> tuple
     return time.perf_counter() - began, logits
 
 
+@contextmanager
+def open_folder(name: str | None, seed: int = 0) -> Iterator[tuple[Path, str, str | None]]:
+    """The folder of a model to measure, its name, and what its record says of the weights.
+
+    None is the bundled model. One of BENCH_MODELS is written for as long as the context lasts.
+    """
+    if name in BENCH_MODELS:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / name
+            yield folder, name, write_bench_model(name, folder, seed)
+        return
+    folder = locate(name or "mini")
+    manifest = read_manifest(folder)
+    yield folder, folder.name, manifest.digest if manifest else None
+
+
 def open_model(
     name: str | None, seed: int = 0, backend: str = "auto"
 ) -> tuple[Transformer, str, str | None]:
@@ -334,10 +340,10 @@ def open_model(
     if name == "random":
         return random_model(small_config(), seed, backend=backend), "random", f"normal, seed {seed}"
     try:
-        folder = locate(name or "mini")
+        # Weights are views of the mapped files, which may be gone from the folder afterwards.
+        with open_folder(name, seed) as (folder, called, weights):
+            return load(folder, backend=backend), called, weights
     except CheckpointError:
         if name is not None:
             raise
         return open_model("random", seed, backend)
-    manifest = read_manifest(folder)
-    return load(folder, backend=backend), folder.name, manifest.digest if manifest else None

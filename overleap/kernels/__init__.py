@@ -2,21 +2,24 @@
 
 A backend is a folder beside this file, or another package's module named by the entry point group
 `overleap.kernels`; its function `ops()` returns the ops it has by name, or raises BackendError.
-`torch` is the definition and has every op on every torch device. Read next: spec.py.
+`torch` is the definition and has every fine op on every torch device; coarse ops that a backend
+lacks are composed of the fine ones (composed.py). Read next: spec.py.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 from overleap.errors import BackendError
-from overleap.kernels.spec import OP_NAMES, Ops
+from overleap.kernels.composed import Assembled
+from overleap.kernels.spec import COARSE, LEFT_TO_TORCH, OP_NAMES, Ops
 
 OWN = {"cpu": "overleap.kernels.cpu", "torch": "overleap.kernels.torch"}
 DEFINITION = "torch"
+COMPOSED = "fine ops"  # serve a coarse op that no backend in line has
+LEFT = "whole matrix products alone, torch's are as fast"
 PREFERRED = {"cpu": ("cpu",)}  # by type of device; what these lack, the definition serves
 
 
@@ -41,7 +44,7 @@ def select(wanted: str = "auto", device: str = "cpu") -> Ops:
     definition serves; `table` says so.
     """
     found, _ = _decide(wanted, device)
-    return cast(Ops, SimpleNamespace(**found))
+    return Assembled(found)  # type: ignore[abstract]  # fine ops are attributes
 
 
 def table(wanted: str = "auto", device: str = "cpu") -> list[Served]:
@@ -50,15 +53,18 @@ def table(wanted: str = "auto", device: str = "cpu") -> list[Served]:
 
 
 def native(wanted: str = "auto", device: str = "cpu") -> bool:
-    """Whether select() asked the same leaves nothing to the definition in torch."""
-    return all(row.backend != DEFINITION for row in table(wanted, device))
+    """Whether select() asked the same leaves nothing to the definition in torch but what is best
+    there: a backend's memory and equivalence are then its own."""
+    return all(
+        row.backend != DEFINITION or row.op in LEFT_TO_TORCH for row in table(wanted, device)
+    )
 
 
 def _decide(wanted: str, device: str) -> tuple[dict[str, Any], list[Served]]:
     line = PREFERRED.get(device, ()) if wanted == "auto" else (wanted,)
     found: dict[str, Any] = {}
     why = dict.fromkeys(OP_NAMES, "")
-    who = dict.fromkeys(OP_NAMES, DEFINITION)
+    who = {op: COMPOSED if op in COARSE else DEFINITION for op in OP_NAMES}
     for name in line:
         try:
             having = _ops_of(name)
@@ -71,7 +77,7 @@ def _decide(wanted: str, device: str) -> tuple[dict[str, Any], list[Served]]:
             if op not in found and op in having:
                 found[op], who[op] = having[op], name
             elif op not in found:
-                why[op] = why[op] or f"{name} has none"
+                why[op] = why[op] or (LEFT if op in LEFT_TO_TORCH else f"{name} has none")
     for op, function in _ops_of(DEFINITION).items():
         found.setdefault(op, function)
     return found, [Served(op, who[op], why[op]) for op in OP_NAMES]

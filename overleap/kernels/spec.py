@@ -5,7 +5,8 @@ Read next: kernels/torch/attention.py (the op that matters most), kernels/__init
 
 Letters: T packed tokens of this step, B sequences, D hidden width, M residual streams, H query
 heads, K head width, R rotary width, I indexer heads, J indexer width, S entries of a sequence,
-P pages, E experts, X experts per token, F expert inner width, N outputs of a linear, G groups.
+P pages, E experts, X experts per token, F expert inner width, N outputs of a linear, G groups,
+V vocabulary, Y rows of logits.
 """
 
 from collections.abc import Sequence
@@ -52,6 +53,42 @@ class Experts:
             if trio[0].packed
             else [n for w in trio for n in (w.data.data_ptr(), 0)]
             for trio in zip(self.w1, self.w2, self.w3, strict=True)
+        ]
+        return torch.tensor(rows, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Linears of one input whose results lie side by side.
+
+    weights      in order
+    round_input  the input is rounded to e4m3 in groups of 128 first
+    wide         the result is f32 whatever the input is
+    """
+
+    weights: tuple[Weight, ...]
+    round_input: bool
+    wide: bool = False
+
+    @cached_property
+    def outputs(self) -> int:
+        """Width of the result."""
+        return sum(weight.data.shape[0] for weight in self.weights)
+
+    @cached_property
+    def table(self) -> Tensor:
+        """For native code, i64 [weights, 5]: address of the data, of the scale (0 for none), type
+        of the elements (0 f32, 1 bf16, 2 e4m3, 3 e2m1), rows, whether the input is rounded."""
+        types = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.int8: 3}
+        rows = [
+            (
+                w.data.data_ptr(),
+                0 if w.scale is None else w.scale.data_ptr(),
+                types[w.data.dtype],
+                w.data.shape[0],
+                self.round_input,
+            )
+            for w in self.weights
         ]
         return torch.tensor(rows, dtype=torch.int64)
 
@@ -141,8 +178,30 @@ class Spans:
         return torch.cat(rows).to(self.position_T.device)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """How a row of logits becomes a token.
+
+    temperature  0 takes the largest logit, and nothing below counts; else logits are divided by it
+    top_k        keep the k largest logits; None keeps all
+    top_p        of those, keep the likeliest up to and with the one that reaches this share
+    min_p        and of those, the ones at least this fraction as likely as the likeliest
+    number       in [0, 1), says which of those it is; from a counter-based generator: a function
+                 of the seed and of the token's number in its answer, and of nothing else
+    """
+
+    temperature: float
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    number: float = 0.0
+
+
 class Ops(Protocol):
-    """Every op. Float inputs may be f32 or bf16; results have the dtype of the first tensor
+    """Every op: first the fine ones, which a backend has or the definition serves, then the coarse
+    ones (from `project` on), which composed.py makes of the fine ones where a backend has none.
+
+    Float inputs may be f32 or bf16; results have the dtype of the first tensor
     argument unless the docstring says f32. Accumulation is f32. Nothing is written but what an
     op named *_write says.
     """
@@ -320,5 +379,125 @@ class Ops(Protocol):
         """Stream k becomes post[k] y + sum over j of comb[j, k] x[j] (eq. 1) -> [T, M, D]."""
         ...
 
+    def sample(
+        self,
+        logits_YV: Tensor,
+        choices: Sequence[Choice],
+        allowed_YB: Tensor | None,
+        best: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Choose a token from every row of logits; each row is worked on alone.
+
+        logits_YV   f32 [Y, V]; -inf forbids a token
+        choices     one for each row
+        allowed_YB  u8 [Y, ceil(V / 8)] or None: token v may be chosen where bit v % 8 of byte
+                    v // 8 is set
+        best        None: no log-probabilities; n: of the chosen token and of the n likeliest
+        returns     ids i64 [Y, 1 + n]: the chosen token, then the n likeliest of all V, best first
+                    (-1 beyond V); and their log-probabilities f64, same shape ([Y, 0] for None):
+                    the model's own, before `allowed` and the cuts (-inf beyond V)
+
+        What is kept lies on [0, 1) in order of ids, each token as wide as it is likely; `number`
+        falls on one. Equal logits: the smaller id is the largest, and stays when another is cut.
+        A row with NaN or +inf in it, or with nothing that may be chosen, yields -1 and NaN.
+        """
+        ...
+
+    def orthogonalise(self, matrix: Tensor) -> Tensor:
+        """The nearest matrix with all singular values about 1: U V^T of U S V^T (report Alg. 1).
+
+        matrix   [..., N, K]  f32 or bf16; a batch is done at once
+        returns  same shape, f32; products run in bf16 (report section 5.4)
+
+        M <- M / |M|_F, then M <- a M + b (M M^T) M + c (M M^T)^2 M: eight steps with (a, b, c) =
+        (3.4445, -4.7750, 2.0315), two with (2, -1.5, 0.5). Singular values below about 1 / 100 of
+        the largest drown in bf16 and may end anywhere between 0 and 1. Zeros stay zeros.
+        """
+        ...
+
+    # Coarse ops: what a layer calls. Their results are those of the fine ops in turn.
+
+    def project(
+        self, x: Tensor, parts: tuple[Joint, ...], norm: Tensor | None = None, eps: float = 0.0
+    ) -> tuple[Tensor, ...]:
+        """Several linears of one input, perhaps of its rms_norm: [T, K] -> [T, outputs] a part.
+
+        norm  [K], weight of an rms_norm before the products; None for none
+        """
+        ...
+
+    def project_back(self, o_TGI: Tensor, inner: Weight, outer: Joint) -> Tensor:
+        """The grouped output projection: grouped_matmul with `inner`, then `outer` -> [T, D]."""
+        ...
+
+    def norm_rope_quantize(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        eps: float | None,
+        position: Tensor,
+        frequency: Tensor,
+        mixed: bool,
+        row: RowFormat,
+    ) -> Tensor:
+        """norm_rope, then hadamard where `mixed`, then quantize; without the norm for eps None."""
+        ...
+
+    def compress_write(
+        self, rows_T2W: Tensor, tail: Tensor, ape: Tensor, ratio: int, spans: Spans
+    ) -> Tensor:
+        """compress, then window_write of the rows into the tail. -> the entries completed, f32."""
+        ...
+
+    def attend_write(
+        self,
+        q_THK: Tensor,
+        fresh_T: Tensor,
+        ring: Pool,
+        entries: Pool | None,
+        chosen_Tk: Tensor | None,
+        ratio: int,
+        sink_H: Tensor,
+        scale: float,
+        window: int,
+        spans: Spans,
+        frequency: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """attend, the inverse rotation of its result, and window_write of fresh_T into the ring."""
+        ...
+
+    def mixture(
+        self,
+        x_TD: Tensor,
+        ids_TX: Tensor,
+        weight_TX: Tensor,
+        routed: Experts,
+        shared: Experts,
+        limit: float,
+    ) -> Tensor:
+        """The chosen experts with their weights plus the shared ones with weight 1 -> [T, D].
+
+        Inputs are rounded where the experts are packed. The sum is rounded once.
+        """
+        ...
+
+    def hc_pre_norm(
+        self,
+        x_TMD: Tensor,
+        fn: Tensor,
+        base: Tensor,
+        scale: Tensor,
+        iterations: int,
+        eps: float,
+        norm_eps: float,
+        norm: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """hc_pre, and rms_norm of its y with weight norm [D] and norm_eps."""
+        ...
+
 
 OP_NAMES = tuple(name for name in vars(Ops) if not name.startswith("_"))
+COARSE = OP_NAMES[OP_NAMES.index("project") :]
+# Nothing but products of whole matrices, which torch gives to the device's own library: backends
+# need not have these, and nobody is worse off where they have not.
+LEFT_TO_TORCH = ("orthogonalise",)

@@ -4,14 +4,16 @@ One class, one path: prefill, chunk, decode and verification differ only in how 
 Report section 2.3; the order of norm, rotation and rounding follows the released code.
 """
 
+from functools import cached_property
+
 from torch import Tensor, nn
 
 from overleap.cache.state import LayerCache
 from overleap.config import RATIO_OF_KIND, LayerKind, ModelConfig
-from overleap.kernels.spec import Ops, Spans
+from overleap.kernels.spec import Joint, Ops, Spans
 from overleap.model.compressor import Compressor
 from overleap.model.indexer import Indexer, IndexerTap
-from overleap.model.layers import Linear, RMSNorm, parameter
+from overleap.model.layers import Linear, RMSNorm, joint, parameter
 
 
 class Attention(nn.Module):
@@ -50,19 +52,22 @@ class Attention(nn.Module):
         tap: list[IndexerTap] | None,
     ) -> Tensor:
         """[T, D] -> [T, D]; writes this step's rows and entries into `layer`."""
-        ops, position = self.ops, spans.position_T
-        latent_TQ = self.q_norm(self.wq_a(x_TD))
-        q_THK = self.wq_b(latent_TQ).unflatten(-1, (self.heads, -1))
+        ops, position, norm = self.ops, spans.position_T, self.q_norm
+        of_input, of_latent, output = self.stored
+        latent_TQ, kv_TK, *rows = ops.project(x_TD, of_input)
+        (q_TW,) = ops.project(latent_TQ, of_latent, norm.weight, norm.eps)
+        q_THK = q_TW.unflatten(-1, (self.heads, -1))
         q_THK = ops.norm_rope(q_THK, None, self.eps, position, frequency)
-        kv_TK = ops.norm_rope(self.wkv(x_TD), self.kv_norm.weight, self.eps, position, frequency)
-        fresh_T = ops.quantize(kv_TK, layer.ring.format)
+        fresh_T = ops.norm_rope_quantize(
+            kv_TK, self.kv_norm.weight, self.eps, position, frequency, False, layer.ring.format
+        )
         if self.compressor is not None:
             assert layer.tail is not None and layer.entries is not None
-            self.compressor(x_TD, layer.tail, layer.entries, frequency, spans)
+            self.compressor(*rows, x_TD.dtype, layer.tail, layer.entries, frequency, spans)
         chosen, index = None, None
         if self.indexer is not None:
             chosen, index = self._choose(x_TD, latent_TQ, layer, frequency, spans, tap is not None)
-        o_THK, lse_TH = ops.attend(
+        o_THK, lse_TH = ops.attend_write(
             q_THK,
             fresh_T,
             layer.ring,
@@ -73,18 +78,22 @@ class Attention(nn.Module):
             self.scale,
             self.window,
             spans,
+            frequency,
         )
-        ops.window_write(layer.ring.rows, fresh_T, spans)
         if tap is not None and index is not None and layer.entries and layer.keys:
             tap.append(
                 IndexerTap(
                     q_THK.detach(), lse_TH.detach(), layer.entries, layer.keys, *index, self.scale
                 )
             )
-        o_THK = ops.rotate(o_THK, position, frequency, True)
         o_TGI = o_THK.flatten(1).unflatten(1, (self.groups, -1))
-        out: Tensor = self.wo_b(ops.grouped_matmul(o_TGI, self.wo_a.stored).flatten(1))
-        return out
+        return ops.project_back(o_TGI, self.wo_a.stored, output)
+
+    @cached_property
+    def stored(self) -> tuple[tuple[Joint, ...], tuple[Joint, ...], Joint]:
+        """What meets the layer's input, the query latent and the result; weights in place."""
+        rows = () if self.compressor is None else (self.compressor.stored,)
+        return (joint(self.wq_a), joint(self.wkv), *rows), (joint(self.wq_b),), joint(self.wo_b)
 
     def _choose(
         self,
@@ -97,13 +106,14 @@ class Attention(nn.Module):
     ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
         """Entry numbers [T, k], or None where every visible entry would be chosen anyway."""
         assert self.indexer is not None and layer.keys is not None
-        x_TD, latent_TQ = x_TD.detach(), latent_TQ.detach()
-        self.indexer.write_keys(x_TD, layer, frequency, spans)
+        weight = self.indexer.write_keys(x_TD.detach(), layer, frequency, spans)
         visible = max(last for _, last in spans.emitted(self.ratio))
         if visible <= self.indexer.topk and not tapped:
             return None, None
-        q, weight = self.indexer.queries(x_TD, latent_TQ, layer.keys, frequency, spans)
+        index = self.indexer.queries(
+            latent_TQ.detach(), self.q_norm, weight, layer.keys, frequency, spans
+        )
         if visible <= self.indexer.topk:
-            return None, (q, weight)
-        chosen = self.ops.index_topk(q, weight, layer.keys, self.ratio, spans, self.indexer.topk)
-        return chosen, (q, weight)
+            return None, index
+        topk = self.indexer.topk
+        return self.ops.index_topk(*index, layer.keys, self.ratio, spans, topk), index

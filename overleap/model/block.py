@@ -39,9 +39,9 @@ class Block(nn.Module):
     ) -> Tensor:
         """One step of this layer over packed tokens; writes the layer's cache."""
         frequency = self.frequency.to(x_TMD.device)
-        y, post, comb = collapse(self, "attn", x_TMD, self.config, self.ops)
-        y = self.attn(self.attn_norm(y), layer, frequency, spans, tap)
-        x_TMD = self.ops.hc_post(y, x_TMD, post, comb)
-        y, post, comb = collapse(self, "ffn", x_TMD, self.config, self.ops)
-        y = self.ffn(self.ffn_norm(y), ids_T)
-        return self.ops.hc_post(y, x_TMD, post, comb)
+        config, ops = self.config, self.ops
+        y, post, comb = collapse(self, "attn", x_TMD, config, ops, self.attn_norm.weight)
+        y = self.attn(y, layer, frequency, spans, tap)
+        x_TMD = ops.hc_post(y, x_TMD, post, comb)
+        y, post, comb = collapse(self, "ffn", x_TMD, config, ops, self.ffn_norm.weight)
+        return ops.hc_post(self.ffn(y, ids_T), x_TMD, post, comb)

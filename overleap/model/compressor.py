@@ -1,7 +1,7 @@
 """Compressor: many tokens into one entry. Used twice, for main entries and for indexer keys.
 
-Report sections 2.3.1 and 2.3.2. The pooling itself is the op `compress`; this file projects,
-normalises, rotates at the first position of the block, and stores.
+Report sections 2.3.1 and 2.3.2. The pooling itself is the op `compress`; this file normalises,
+rotates at the first position of the block, and stores. Its input is projected by who owns it.
 """
 
 import torch
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from overleap.cache import layout
 from overleap.config import RATIO_OF_KIND, LayerKind, ModelConfig
-from overleap.kernels.spec import Ops, Pool, Spans
-from overleap.model.layers import Linear, RMSNorm, parameter
+from overleap.kernels.spec import Joint, Ops, Pool, Spans
+from overleap.model.layers import Linear, RMSNorm, joint, parameter
 
 
 class Compressor(nn.Module):
@@ -31,18 +31,37 @@ class Compressor(nn.Module):
         self.wgate = Linear(config.hidden_size, series, ops, exact=True)
         self.norm = RMSNorm(width, config.rms_norm_eps, ops)
 
+    @property
+    def stored(self) -> Joint:
+        """Values and gates as ops.project makes them: f32 [T, 2 W]."""
+        return joint(self.wkv, self.wgate, wide=True)
+
     def forward(
-        self, x_TD: Tensor, tail: Tensor, pool: Pool, frequency: Tensor, spans: Spans
+        self,
+        rows_TW: Tensor,
+        dtype: torch.dtype,
+        tail: Tensor,
+        pool: Pool,
+        frequency: Tensor,
+        spans: Spans,
     ) -> None:
-        """x_TD [T, D]; frequency f32 [R / 2]. Changes `tail` and `pool` only."""
-        rows = torch.stack((self.wkv.wide(x_TD), self.wgate.wide(x_TD)), dim=1)
-        entry = self.ops.compress(rows, tail, self.ape, self.ratio, spans)
-        self.ops.window_write(tail, rows, spans)
-        if entry.shape[0]:
-            entry = entry.to(x_TD.dtype)
-            first = [torch.arange(a, b) for a, b in spans.emitted(self.ratio)]
-            position = (torch.cat(first) * self.ratio).to(x_TD.device)
-            entry = self.ops.norm_rope(entry, self.norm.weight, self.norm.eps, position, frequency)
-            if self.hadamard:
-                entry = self.ops.hadamard(entry)
-            self.ops.page_write(pool, self.ops.quantize(entry, pool.format), self.ratio, spans)
+        """rows_TW as `stored` yields them, dtype of the model's activations, frequency f32 [R / 2].
+
+        Changes `tail` and `pool` only.
+        """
+        ops, device = self.ops, rows_TW.device
+        entry = ops.compress_write(rows_TW.unflatten(1, (2, -1)), tail, self.ape, self.ratio, spans)
+        if not entry.shape[0]:
+            return
+        first = [torch.arange(a, b) for a, b in spans.emitted(self.ratio)]
+        position = (torch.cat(first) * self.ratio).to(device)
+        rows = ops.norm_rope_quantize(
+            entry.to(dtype),
+            self.norm.weight,
+            self.norm.eps,
+            position,
+            frequency,
+            self.hadamard,
+            pool.format,
+        )
+        ops.page_write(pool, rows, self.ratio, spans)

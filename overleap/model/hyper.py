@@ -29,18 +29,18 @@ def register_head(block: nn.Module, config: ModelConfig) -> None:
 
 
 def collapse(
-    block: nn.Module, name: str, x_TMD: Tensor, config: ModelConfig, ops: Ops
+    block: nn.Module, name: str, x_TMD: Tensor, config: ModelConfig, ops: Ops, norm: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Streams to one vector for sub-layer `name`: y [T, D], and post, comb for ops.hc_post."""
-    fn, base, scale = (block.get_parameter(f"hc_{name}_{part}") for part in _PARTS)
-    return ops.hc_pre(
-        x_TMD, fn, base, scale, config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps
-    )
+    """Streams to one vector, normed with weight `norm`, for sub-layer `name`: y [T, D], and post,
+    comb for ops.hc_post."""
+    fn, base, scale = (getattr(block, f"hc_{name}_{part}") for part in _PARTS)
+    iterations, eps = config.hc_sinkhorn_iters, config.hc_eps
+    return ops.hc_pre_norm(x_TMD, fn, base, scale, iterations, eps, config.rms_norm_eps, norm)
 
 
 def collapse_head(block: nn.Module, x_TMD: Tensor, config: ModelConfig, ops: Ops) -> Tensor:
     """The last collapse before the final norm: gated sum of the streams -> [T, D]."""
-    fn, base, scale = (block.get_parameter(f"hc_head_{part}") for part in _PARTS)
+    fn, base, scale = (getattr(block, f"hc_head_{part}") for part in _PARTS)
     return ops.hc_head(x_TMD, fn, base, scale, config.hc_eps, config.rms_norm_eps)
 
 

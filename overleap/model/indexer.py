@@ -4,14 +4,15 @@ Its input carries no gradient: selection cannot pass one, so it learns by distil
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor, nn
 
 from overleap.cache.state import LayerCache
 from overleap.config import LayerKind, ModelConfig
-from overleap.kernels.spec import Ops, Pool, Spans
+from overleap.kernels.spec import Joint, Ops, Pool, Spans
 from overleap.model.compressor import Compressor
-from overleap.model.layers import Linear
+from overleap.model.layers import Linear, RMSNorm, joint
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,37 @@ class Indexer(nn.Module):
         self.compressor = Compressor(config, LayerKind.CSA, self.width, True, ops)
         self.scale = self.width**-0.5 * self.heads**-0.5
 
-    def write_keys(self, x_TD: Tensor, layer: LayerCache, frequency: Tensor, spans: Spans) -> None:
-        """Compress and store the keys of the blocks this step completes."""
+    @cached_property
+    def stored(self) -> tuple[tuple[Joint, ...], tuple[Joint, ...]]:
+        """What meets the layer's input, and the query latent; the weights must be in place."""
+        return (self.compressor.stored, joint(self.weights_proj)), (joint(self.wq_b),)
+
+    def write_keys(
+        self, x_TD: Tensor, layer: LayerCache, frequency: Tensor, spans: Spans
+    ) -> Tensor:
+        """Compress and store the keys of the blocks this step completes. -> head weights [T, I]."""
         assert layer.index_tail is not None and layer.keys is not None
-        self.compressor(x_TD, layer.index_tail, layer.keys, frequency, spans)
+        rows, weight = self.ops.project(x_TD, self.stored[0])
+        self.compressor(rows, x_TD.dtype, layer.index_tail, layer.keys, frequency, spans)
+        return weight
 
     def queries(
-        self, x_TD: Tensor, latent_TQ: Tensor, keys: Pool, frequency: Tensor, spans: Spans
+        self,
+        latent_TQ: Tensor,
+        norm: RMSNorm,
+        weight_TI: Tensor,
+        keys: Pool,
+        frequency: Tensor,
+        spans: Spans,
     ) -> tuple[Tensor, Tensor]:
-        """Queries as rows [T, I, row] in the keys' format, and head weights f32 [T, I]."""
-        q = self.wq_b(latent_TQ).unflatten(-1, (self.heads, self.width))
-        q = self.ops.hadamard(self.ops.rotate(q, spans.position_T, frequency, False))
-        weight = self.weights_proj(x_TD).float() * self.scale
-        return self.ops.quantize(q, keys.format), weight
+        """Queries as rows [T, I, row] in the keys' format, and head weights f32 [T, I].
+
+        latent_TQ, norm  the shared query latent before its norm
+        weight_TI        as write_keys returns them
+        """
+        (q,) = self.ops.project(latent_TQ, self.stored[1], norm.weight.detach(), norm.eps)
+        q = q.unflatten(-1, (self.heads, self.width))
+        rows = self.ops.norm_rope_quantize(
+            q, None, None, spans.position_T, frequency, True, keys.format
+        )
+        return rows, weight_TI.float() * self.scale

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from overleap.config import Rope
-from overleap.kernels.spec import Ops, Weight
+from overleap.kernels.spec import Joint, Ops, Weight
 
 
 def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -45,9 +45,11 @@ class Linear(nn.Module):
         """[T, inputs] -> [T, outputs]."""
         return self.ops.matmul(x, self.stored, self.rounds_input)
 
-    def wide(self, x: Tensor) -> Tensor:
-        """As forward, but the sums stay f32."""
-        return self.ops.matmul(x, self.stored, self.rounds_input, True)
+
+def joint(*linears: Linear, wide: bool = False) -> Joint:
+    """Linears of one input, for ops.project; their weights must be in place."""
+    (rounds,) = {linear.rounds_input for linear in linears}
+    return Joint(tuple(linear.stored for linear in linears), rounds, wide)
 
 
 class RMSNorm(nn.Module):

@@ -1,8 +1,9 @@
 """Mixture of experts: hash or score routing, routed experts and the shared one.
 
-Report section 2.1. Arithmetic is in kernels/ (`route`, `experts`).
+Report section 2.1. Arithmetic is in kernels/ (`route`, `mixture`).
 """
 
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import torch
@@ -43,15 +44,25 @@ class Gate(nn.Module):
         self.register_parameter("tid2eid", table if hashed else None)
 
 
+# Told a layer's input [T, D], token ids [T] and choices [T, X] before experts are read; yields
+# ranges of tokens, together all, each when the experts of its tokens may be read.
+Before = Callable[[Tensor, Tensor, Tensor], Iterator[slice]]
+
+
 class MoE(nn.Module):
-    """x [T, D] and token ids [T] -> [T, D]."""
+    """x [T, D] and token ids [T] -> [T, D].
+
+    before  who sees to it that experts are in memory, where not all of them are
+    """
+
+    before: Before | None
 
     def __init__(self, config: ModelConfig, hashed: bool, ops: Ops) -> None:
         super().__init__()
         self.gate = Gate(config, hashed)
         self.experts = nn.ModuleList(Expert(config, ops) for _ in range(config.n_routed_experts))
         self.shared_experts = Expert(config, ops)
-        self.ops, self.limit = ops, config.swiglu_limit
+        self.ops, self.limit, self.before = ops, config.swiglu_limit, None
         self.k, self.scale = config.num_experts_per_tok, config.routed_scaling_factor
 
     @cached_property
@@ -69,11 +80,10 @@ class MoE(nn.Module):
     def forward(self, x_TD: Tensor, ids_T: Tensor) -> Tensor:
         """Routed experts plus the shared expert."""
         chosen_TX, weight_TX = self.route(x_TD, ids_T)
-        routed, shared = self.stored
-        every, only = (experts.w1[0].packed for experts in (routed, shared))
-        out = self.ops.experts(x_TD, chosen_TX, weight_TX, routed, self.limit, every)
-        # The shared expert is the only one of a mixture that every token chooses with weight 1.
-        tokens, device = x_TD.shape[0], x_TD.device
-        first = torch.zeros((tokens, 1), dtype=torch.int64, device=device)
-        whole = torch.ones((tokens, 1), device=device)
-        return out + self.ops.experts(x_TD, first, whole, shared, self.limit, only)
+        if self.before is None:
+            return self.ops.mixture(x_TD, chosen_TX, weight_TX, *self.stored, self.limit)
+        parts = [
+            self.ops.mixture(x_TD[r], chosen_TX[r], weight_TX[r], *self.stored, self.limit)
+            for r in self.before(x_TD, ids_T, chosen_TX)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -19,7 +19,6 @@ from overleap.model.draft import MTPBlock
 from overleap.model.hyper import collapse_head, register_head
 from overleap.model.indexer import IndexerTap
 from overleap.model.layers import Embedding, Linear, RMSNorm
-from overleap.model.moe import MoE
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,7 @@ class Transformer(nn.Module):
             module = self.get_submodule(owner) if owner else self
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
         for module in self.modules():
-            if isinstance(module, MoE):
-                vars(module).pop("stored", None)  # made of the weights that were
+            vars(module).pop("stored", None)  # made of the weights that were
 
     def forward(self, batch: Batch, cache: Cache, tap: list[IndexerTap] | None = None) -> Output:
         """One step: writes the cache and advances the sequences.

@@ -153,7 +153,7 @@ class Trainer:
             if name.endswith("gate.bias"):
                 p.requires_grad_(False)
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        self.optimizer = Optimizer(named)
+        self.optimizer = Optimizer(named, self.ops)
         self.sampler = Sampler(tokenizer, corpus()[0], recipe.seed)
         self._roles = {name: spec.role for name, spec in tensor_table(config).items()}
         self.step = 0

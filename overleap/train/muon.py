@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from overleap.kernels.torch.orthogonalise import orthogonalise
+from overleap.kernels.spec import Ops
 
 UPDATE_RMS = 0.18  # so that a matrix moves as far as AdamW would move it at the same rate
 
@@ -30,13 +30,14 @@ class Optimizer:
     def __init__(
         self,
         named: Iterable[tuple[str, Tensor]],
+        ops: Ops,
         *,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
     ) -> None:
         named = list(named)
-        self.momentum, self.weight_decay = momentum, weight_decay
+        self.ops, self.momentum, self.weight_decay = ops, momentum, weight_decay
         self.matrices = {name: p for name, p in named if is_matrix(name, p)}
         self.others = {name: p for name, p in named if not is_matrix(name, p)}
         self.velocity = {name: torch.zeros_like(p) for name, p in self.matrices.items()}
@@ -63,7 +64,7 @@ class Optimizer:
             grads = torch.stack([self._gradient(name) for name in names])
             moved = torch.stack([self.velocity[name] for name in names])
             moved.mul_(self.momentum).add_(grads)
-            update = orthogonalise(grads + self.momentum * moved)  # Nesterov
+            update = self.ops.orthogonalise(grads + self.momentum * moved)  # Nesterov
             update *= matrix_rate * UPDATE_RMS * max(shape) ** 0.5
             for name, velocity, change in zip(names, moved, update, strict=True):
                 self.velocity[name].copy_(velocity)

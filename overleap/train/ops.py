@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from overleap.kernels.composed import Composed
 from overleap.kernels.spec import Experts, Pool, RowFormat, Spans, Weight
-from overleap.kernels.torch import hyper, linear, quant
+from overleap.kernels.torch import hyper, linear, orthogonalise, quant, sample
 
 WINDOW = 128
 ROPE_FREE_GROUP = 64
@@ -32,7 +33,7 @@ class Seen:
     routing: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
 
 
-class TrainingOps:
+class TrainingOps(Composed):
     """See the file header. `seen` is filled by forward; take() empties it.
 
     rounding    round cache rows and indexer queries as the release cache does (straight-through)
@@ -51,6 +52,9 @@ class TrainingOps:
         self._norm, self._turn, self._norm_turn = wrap(_norm), wrap(_turn), wrap(_norm_turn)
         self._pre, self._post, self._gated = wrap(_pre), wrap(_post), wrap(_gated)
         self._mix, self._pool = wrap(_mix), wrap(_pool)
+
+    sample = staticmethod(sample.sample)
+    orthogonalise = staticmethod(orthogonalise.orthogonalise)
 
     def take(self) -> Seen:
         """What was seen since the last call."""

@@ -38,7 +38,8 @@ def test_a_keys_life(ledger: Path) -> None:
     database = Database(str(ledger))
     auth = Auth(database, load_tiers())
     alice = auth.identify(key)
-    run("keys", "credit", made["id"], "12.50")
+    said = json.loads(run("keys", "credit", made["id"], "12.50", "--json"))
+    assert said["done"] == f"12.50 booked for {made['id']}"
     listed = {row["user"]: row for row in json.loads(run("keys", "list", "--json"))}
     assert listed["alice"]["id"] == alice.key_id and listed["alice"]["revoked"] is None
     assert listed["bob"]["credited"] == "12.500000000"

@@ -43,8 +43,8 @@ def test_a_demo_that_does_not_fit() -> None:
     message, hint, torch = refused("demo", "--tokens", 100_000_000, "--memory", "1GiB")
     assert not torch
     assert re.fullmatch(
-        r"a context of 100000000 tokens needs [\d.]+ GiB of memory \([\d.]+ GiB of cache\), "
-        r"1\.0 GiB may be used",
+        r"a context of 100000000 tokens needs [\d.]+ GiB of memory \([\d.]+ GiB of cache, "
+        r"[\d.]+ MiB of weights at least\), 1\.0 GiB may be used",
         message,
     )
     found = re.fullmatch(r"a context of (\d+) tokens fits", hint)

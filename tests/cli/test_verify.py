@@ -16,6 +16,7 @@ from overleap.cli.session import _proposals, _why
 from overleap.engine.request import Token
 from overleap.engine.sampler import Draw, sample
 from overleap.errors import StateError
+from overleap.kernels.spec import Ops
 
 FACTS = "The color of Alice is green.\nThe city is quiet.\nThe metal of Oscar is copper.\n"
 DEMO = ("demo", "--tokens", 600, "--facts", 2, "--seed", 11)
@@ -75,9 +76,9 @@ def test_every_answer_of_the_demo_is_checked() -> None:
     assert said["predicted_peak_bytes"] > 0
 
 
-def unlikely(logits_V: Tensor, draw: Draw) -> Token:
+def unlikely(logits_V: Tensor, draw: Draw, ops: Ops) -> Token:
     """A sampler that goes wrong at the second token of every answer."""
-    return Token(int(logits_V.argmin())) if draw.index == 1 else sample(logits_V, draw)
+    return Token(int(logits_V.argmin())) if draw.index == 1 else sample(logits_V, draw, ops)
 
 
 @pytest.mark.parametrize(

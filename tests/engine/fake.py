@@ -12,6 +12,7 @@ import torch
 
 from overleap.cache.state import Cache, Sequence
 from overleap.config import ModelConfig
+from overleap.kernels import select
 from overleap.kernels.spec import Spans
 from overleap.model.transformer import Batch, Output
 
@@ -48,11 +49,12 @@ def next_logits(ids: list[int]) -> torch.Tensor:
 
 
 class FakeModel:
-    """Stands where a Transformer does: config, device, and a call that advances sequences."""
+    """Stands where a Transformer does: config, device, ops, and a call that advances sequences."""
 
     def __init__(self) -> None:
         self.config = CONFIG
         self.device = torch.device("cpu")
+        self.ops = select()
         self.steps: list[list[int]] = []  # tokens of each sequence in each step
         self.fail: BaseException | None = None
         self.broken: set[int] = set()  # a sequence that ends with one of these gets NaN logits

@@ -13,6 +13,7 @@ import torch
 from overleap.cache.layout import PAGE_TOKENS
 from overleap.cache.state import Cache
 from overleap.engine.engine import Engine
+from overleap.kernels import select
 from overleap.model.transformer import Batch, Output
 from tests.engine.fake import CONFIG, VOCABULARY, answer
 from tests.engine.test_engine import assert_empty, greedy, make, text
@@ -26,6 +27,7 @@ class Skimmer:
 
     config = replace(CONFIG, max_position_embeddings=PAGES * PAGE_TOKENS)
     device = torch.device("cpu")
+    ops = select()
     every = torch.eye(VOCABULARY)
 
     def __call__(self, batch: Batch, cache: Cache) -> Output:

@@ -11,8 +11,20 @@ from hypothesis import strategies as st
 
 from overleap.engine import sampler
 from overleap.engine.request import Sampling
-from overleap.engine.sampler import Draw, candidates, sample, uniform
+from overleap.engine.sampler import Draw, choice_of, sample, uniform
 from overleap.errors import BackendError
+from overleap.kernels import select
+from overleap.kernels.spec import Ops
+from overleap.kernels.torch.sample import candidates
+
+
+@pytest.fixture(params=["torch", "cpu"])
+def ops(request: pytest.FixtureRequest) -> Ops:
+    """The definition, and the native kernels where they were built."""
+    try:
+        return select(request.param)
+    except BackendError as error:
+        pytest.skip(str(error))
 
 
 def kept_by_definition(logits: list[float], sampling: Sampling) -> dict[int, float]:
@@ -44,17 +56,17 @@ def test_candidates_are_the_definition(
 ) -> None:
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     wanted = kept_by_definition(logits, sampling)
-    probability, ids = candidates(torch.tensor(logits, dtype=torch.float32), sampling)
+    probability, ids = candidates(torch.tensor(logits), choice_of(sampling, 0.0))
     assert ids.tolist() == sorted(wanted)
     assert probability.tolist() == pytest.approx([wanted[i] for i in sorted(wanted)], rel=1e-9)
 
 
-def test_ties_go_to_the_smaller_id() -> None:
+def test_ties_go_to_the_smaller_id(ops: Ops) -> None:
     logits = torch.tensor([0.0, 2.0, 2.0, 1.0, 2.0])
-    assert sample(logits, Draw(Sampling(temperature=0), 0, 0)).id == 1
-    assert candidates(logits, Sampling(top_k=2))[1].tolist() == [1, 2]
-    assert candidates(logits, Sampling(top_p=0.3))[1].tolist() == [1, 2]
-    top = sample(logits, Draw(Sampling(temperature=0, logprobs=4), 0, 0)).top_logprobs
+    assert sample(logits, Draw(Sampling(temperature=0), 0, 0), ops).id == 1
+    assert candidates(logits, choice_of(Sampling(top_k=2), 0.0))[1].tolist() == [1, 2]
+    assert candidates(logits, choice_of(Sampling(top_p=0.3), 0.0))[1].tolist() == [1, 2]
+    top = sample(logits, Draw(Sampling(temperature=0, logprobs=4), 0, 0), ops).top_logprobs
     assert [token for token, _ in top] == [1, 2, 4, 3]
 
 
@@ -95,16 +107,16 @@ def test_deviations_see_a_bias() -> None:
     ],
 )
 @pytest.mark.parametrize("over", ["answers", "tokens"])
-def test_draws_follow_the_distribution(sampling: Sampling, over: str, seed: int) -> None:
+def test_draws_follow_the_distribution(sampling: Sampling, over: str, seed: int, ops: Ops) -> None:
     """Over many seeds and over many tokens of one answer."""
     number = random.Random(seed)
     # The two best are equal, so that no cut leaves a single candidate.
     logits = torch.tensor([2.0, 2.0, *(number.uniform(-3, 2) for _ in range(10))])
-    probability, ids = candidates(logits, sampling)
+    probability, ids = candidates(logits, choice_of(sampling, 0.0))
     counts = dict.fromkeys(ids.tolist(), 0)
     for n in range(8000):
         draw = Draw(sampling, seed, n) if over == "tokens" else Draw(sampling, seed + n, 3)
-        counts[sample(logits, draw).id] += 1
+        counts[sample(logits, draw, ops).id] += 1
     shares = (probability / probability.sum()).tolist()
     assert deviations(list(counts.values()), shares) < RARE
 
@@ -131,64 +143,99 @@ def test_draws_do_not_change_between_releases() -> None:
     ]
 
 
+def test_tokens_do_not_change_between_releases(ops: Ops) -> None:
+    """Nor the tokens that they choose: what the first release drew for these rows."""
+    token, row = torch.arange(1003), torch.arange(6)[:, None]
+    logits_RV = (token * token * 37 + row * 1009) % 401 / 50 - 4
+    tried = [
+        (Sampling(), 404),
+        (Sampling(temperature=0.7), 149),
+        (Sampling(temperature=1.8, top_k=50), 199),
+        (Sampling(top_p=0.8), 821),
+        (Sampling(min_p=0.05), 361),
+        (Sampling(temperature=1.3, top_k=200, top_p=0.9, min_p=0.02), 633),
+    ]
+    for index, (sampling, chosen) in enumerate(tried):
+        assert sample(logits_RV[index], Draw(sampling, 77, index), ops).id == chosen
+
+
+def test_only_allowed_tokens_are_chosen(seed: int, ops: Ops) -> None:
+    """Bit id % 8 of byte id // 8; the log-probabilities stay those of the whole row."""
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(seed))
+    allowed = bytearray(38)
+    for token in (7, 8, 299):
+        allowed[token // 8] |= 1 << token % 8
+    best = max((7, 8, 299), key=lambda token: float(logits[token]))
+    greedy = sample(logits, Draw(Sampling(temperature=0, logprobs=2), 0, 0), ops, bytes(allowed))
+    assert greedy.id == best
+    free = sample(logits, Draw(Sampling(temperature=0, logprobs=2), 0, 0), ops)
+    assert greedy.top_logprobs == free.top_logprobs
+    for n in range(50):
+        drawn = sample(logits, Draw(Sampling(temperature=3), seed, n), ops, bytes(allowed))
+        assert drawn.id in (7, 8, 299)
+    with pytest.raises(BackendError, match="no token that is allowed as token 4"):
+        sample(logits, Draw(Sampling(), 0, 4), ops, bytes(38))
+
+
 @pytest.mark.parametrize("rows", [2, 7])
-def test_a_row_does_not_see_its_batch(rows: int, seed: int) -> None:
+def test_a_row_does_not_see_its_batch(rows: int, seed: int, ops: Ops) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits_RV = torch.randn(rows, 1003, generator=generator)
     for sampling in (Sampling(logprobs=3), Sampling(top_p=0.9, top_k=50, logprobs=0)):
         for row in range(rows):
-            alone = sample(logits_RV[row].clone(), Draw(sampling, seed, row))
-            assert sample(logits_RV[row], Draw(sampling, seed, row)) == alone
+            alone = sample(logits_RV[row].clone(), Draw(sampling, seed, row), ops)
+            assert sample(logits_RV[row], Draw(sampling, seed, row), ops) == alone
 
 
-def test_logprobs_are_of_the_models_own_distribution(seed: int) -> None:
+def test_logprobs_are_of_the_models_own_distribution(seed: int, ops: Ops) -> None:
     logits = torch.randn(50, generator=torch.Generator().manual_seed(seed)) * 3
     wanted = logits.double() - logits.double().exp().sum().log()
     for sampling in (
         Sampling(temperature=0, logprobs=5),
         Sampling(temperature=0.3, top_k=2, logprobs=5),
     ):
-        token = sample(logits, Draw(sampling, seed, 0))
+        token = sample(logits, Draw(sampling, seed, 0), ops)
         assert token.logprob == pytest.approx(float(wanted[token.id]), abs=1e-9)
         ids = wanted.argsort(descending=True)[:5].tolist()
         assert [i for i, _ in token.top_logprobs] == ids
         for i, value in token.top_logprobs:
             assert value == pytest.approx(float(wanted[i]), abs=1e-9)
-    none = sample(logits, Draw(Sampling(temperature=0), seed, 0))
+    none = sample(logits, Draw(Sampling(temperature=0), seed, 0), ops)
     assert none.logprob is None and none.top_logprobs == ()
-    own = sample(logits, Draw(Sampling(temperature=0, logprobs=0), seed, 0))
+    own = sample(logits, Draw(Sampling(temperature=0, logprobs=0), seed, 0), ops)
     assert own.logprob is not None and own.top_logprobs == ()
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-8, 1e8, 1e300])
-def test_extreme_temperatures(temperature: float, seed: int) -> None:
+def test_extreme_temperatures(temperature: float, seed: int, ops: Ops) -> None:
     logits = torch.tensor([1.0, 3.0, 2.0, float("-inf")])
     chosen = {
-        sample(logits, Draw(Sampling(temperature=temperature), seed + n, 0)).id for n in range(200)
+        sample(logits, Draw(Sampling(temperature=temperature), seed + n, 0), ops).id
+        for n in range(200)
     }
     assert chosen == ({1} if temperature < 1 else {0, 1, 2})
 
 
-def test_a_token_owns_the_start_of_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_owns_the_start_of_its_share(monkeypatch: pytest.MonkeyPatch, ops: Ops) -> None:
     logits = torch.tensor([0.0, float("-inf"), 0.0])
     for drawn, token in ((0.0, 0), (0.5 - 2**-53, 0), (0.5, 2), (1 - 2**-53, 2)):
         monkeypatch.setattr(sampler, "uniform", lambda *_, drawn=drawn: drawn)
-        assert sample(logits, Draw(Sampling(), 0, 0)).id == token
+        assert sample(logits, Draw(Sampling(), 0, 0), ops).id == token
 
 
-def test_forbidden_tokens_are_never_drawn(seed: int) -> None:
+def test_forbidden_tokens_are_never_drawn(seed: int, ops: Ops) -> None:
     logits = torch.full((300,), float("-inf"))
     logits[[7, 250]] = 0.0
     for n in range(100):
-        assert sample(logits, Draw(Sampling(logprobs=3), seed, n)).id in (7, 250)
+        assert sample(logits, Draw(Sampling(logprobs=3), seed, n), ops).id in (7, 250)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_broken_logits_are_refused(bad: float) -> None:
+def test_broken_logits_are_refused(bad: float, ops: Ops) -> None:
     logits = torch.zeros(9)
     logits[4] = bad
     for sampling in (Sampling(), Sampling(temperature=0), Sampling(top_k=2)):
         with pytest.raises(BackendError, match="token 5 of the answer is"):
-            sample(logits, Draw(sampling, 0, 5))
+            sample(logits, Draw(sampling, 0, 5), ops)
     with pytest.raises(BackendError, match="-inf"):
-        sample(torch.full((9,), float("-inf")), Draw(Sampling(), 0, 0))
+        sample(torch.full((9,), float("-inf")), Draw(Sampling(), 0, 0), ops)

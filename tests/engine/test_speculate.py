@@ -18,10 +18,12 @@ from overleap.engine.engine import Engine
 from overleap.engine.gate import Gate, Step
 from overleap.engine.request import Completion, FinishReason, Request, Sampling, Token
 from overleap.engine.run import Run
-from overleap.engine.sampler import candidates
+from overleap.engine.sampler import choice_of
 from overleap.engine.scheduler import Job, Place, Scheduler
 from overleap.engine.speculate import choose
 from overleap.errors import BackendError, ConfigError
+from overleap.kernels.spec import Ops
+from overleap.kernels.torch.sample import candidates
 from overleap.model.transformer import Batch, Transformer
 from tests.checkpoints import random_tensors, tiny_config
 from tests.engine.fake import VOCABULARY, FakeModel, answer, next_logits, poison
@@ -262,7 +264,7 @@ def test_sampling_is_unbiased(seed: int) -> None:
     count, number = 2000, random.Random(seed)
 
     def chances(ids: list[int]) -> list[tuple[int, float]]:
-        mass, found = candidates(next_logits(ids), sampling)
+        mass, found = candidates(next_logits(ids), choice_of(sampling, 0.0))
         return list(zip(found.tolist(), (mass / mass.sum()).tolist(), strict=True))
 
     while True:  # a prompt with an answer that is not as good as certain
@@ -471,7 +473,7 @@ def test_true_models_give_the_same_answers(
         plain, _ = answers("off")
         ids = {request.id: done.ids for request, done in zip(requests, plain, strict=True)}
 
-        def guess(run: Run, logits_V: Tensor) -> int:
+        def guess(run: Run, logits_V: Tensor, ops: Ops) -> int:
             assert logits_V.isfinite().all(), "the draft block read what nobody wrote"
             right = ids[run.handle.request.id][run.job.generated]
             return right if number.random() < 2 / 3 else number.randrange(len(logits_V))
@@ -495,9 +497,9 @@ def test_proposals_are_those_of_the_block_over_the_whole_text(
     seen: dict[int, Tensor] = {}
     guess = room._guess
 
-    def watch(run: Run, logits_V: Tensor) -> int:
+    def watch(run: Run, logits_V: Tensor, ops: Ops) -> int:
         seen[len(run.ids)] = logits_V
-        return guess(run, logits_V)
+        return guess(run, logits_V, ops)
 
     monkeypatch.setattr(room, "_guess", watch)
     engine = Engine(

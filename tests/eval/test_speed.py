@@ -149,7 +149,7 @@ def test_memory_is_that_of_a_run_to_this_depth(
     clock: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     monkeypatch.setattr(module.machine, "resident_bytes", lambda: 1000)
-    monkeypatch.setattr(module, "_peak_bytes", lambda: 10**9)
+    monkeypatch.setattr(machine, "recent_peak_bytes", lambda: 10**9)
     config = tiny_config(seed)
     for row in speed(random_model(config), [129, 1000], decode_tokens=3, chunk_tokens=77):
         fits = budget(config, row.depth_tokens + 3, CacheFormat.RELEASE, resident_bytes=1000)
@@ -237,9 +237,9 @@ def test_a_peak_can_be_forgotten() -> None:
         pytest.skip("the system keeps the peak of a process")
     taken = torch.ones(256 * 2**20, dtype=torch.uint8)
     del taken
-    high = module._peak_bytes()
+    high = machine.recent_peak_bytes()
     machine.forget_peak()
-    after = module._peak_bytes()
+    after = machine.recent_peak_bytes()
     assert high is not None and after is not None
     assert after < high - 128 * 2**20
 
@@ -248,10 +248,10 @@ def test_the_peak_is_that_of_this_process(tmp_path: Path) -> None:
     (tmp_path / "self").mkdir()
     status = tmp_path / "self" / "status"
     status.write_text("Name:\tx\nVmHWM:\t     512 kB\nVmRSS:\t   500 kB\n", "ascii")
-    assert module._peak_bytes(tmp_path) == 512 * 1024
+    assert machine.recent_peak_bytes(tmp_path) == 512 * 1024
     for text in ("Name:\tx\n", None):
         status.unlink() if text is None else status.write_text(text, "ascii")
-        assert module._peak_bytes(tmp_path) == machine.peak_resident_bytes()
+        assert machine.recent_peak_bytes(tmp_path) == machine.peak_resident_bytes()
 
 
 @pytest.mark.parametrize("depths", [[], [0], [4097], [5000, 1], [4090, 4096]])

@@ -16,17 +16,20 @@ from torch import Tensor
 
 from overleap.errors import BackendError
 from overleap.kernels import select
+from overleap.kernels.composed import Assembled
 from overleap.kernels.conformance import RULES, Verdict, conform, op_names
 from overleap.kernels.conformance.exact import index_scores, nearest, scale_of
 from overleap.kernels.spec import Ops, Pool
 from overleap.kernels.torch import quant
+from tests.kernels.coarse_mutants import COARSE
+from tests.kernels.mutants import CHOOSING
 
 GOOD = select("torch")
 
 
 def altered(name: str, op: Any) -> Ops:
     """The definition with one op replaced."""
-    return cast(Ops, SimpleNamespace(**(vars(GOOD) | {name: op})))
+    return Assembled(vars(GOOD) | {name: op})
 
 
 def test_every_op_of_the_contract_has_cases_and_a_rule() -> None:
@@ -267,6 +270,8 @@ MUTANTS: dict[str, tuple[str, Callable[..., Any], str]] = {
         lambda y, x, post, comb: GOOD.hc_post(y, x, post, comb.transpose(1, 2)),
         "",
     ),
+    **CHOOSING,
+    **COARSE,
 }
 
 

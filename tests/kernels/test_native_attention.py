@@ -6,7 +6,6 @@ Read next: overleap/kernels/cpu/attention.py, overleap/kernels/conformance/seque
 import random
 from collections.abc import Iterator
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor
 
 from overleap.errors import BackendError
+from overleap.kernels.composed import Assembled
 from overleap.kernels.conformance import conform
 from overleap.kernels.conformance.draw import KEY, KEY_SHORT, KV, KV_SHORT, WIDE, Draw
-from overleap.kernels.spec import Ops, Pool, RowFormat, Spans
+from overleap.kernels.spec import Pool, RowFormat, Spans
 from overleap.kernels.torch.attention import window_write
 from tests.kernels.native import cuts as slices
 from tests.kernels.native import isa
@@ -47,7 +47,7 @@ def part_of(spans: Spans, low: int, high: int) -> Spans:
 
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_it_keeps_the_contract(name: str, isa: str, seed: int) -> None:
-    verdicts = conform(cast(Ops, SimpleNamespace(**OPS)), "cpu", seed=seed, only=[name])
+    verdicts = conform(Assembled(OPS), "cpu", seed=seed, only=[name])
     assert len(verdicts) >= 60
     assert [v for v in verdicts if not v.passed] == []
 

@@ -45,11 +45,13 @@ def test_collapse_takes_the_tensors_of_its_sub_layer(seed: int) -> None:
     ops = select()
     for name in ("attn", "ffn"):
         parts = (block.get_parameter(f"hc_{name}_{part}") for part in ("fn", "base", "scale"))
-        expected = ops.hc_pre(
-            x, *parts, config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps
+        norm = torch.randn(config.hidden_size)
+        expected = ops.hc_pre_norm(
+            x, *parts, config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps, norm
         )
-        for got, wanted in zip(collapse(block, name, x, config, ops), expected, strict=True):
+        for got, wanted in zip(collapse(block, name, x, config, ops, norm), expected, strict=True):
             assert got.equal(wanted)
-    assert not collapse(block, "attn", x, config, ops)[0].equal(
-        collapse(block, "ffn", x, config, ops)[0]
+    norm = torch.ones(config.hidden_size)
+    assert not collapse(block, "attn", x, config, ops, norm)[0].equal(
+        collapse(block, "ffn", x, config, ops, norm)[0]
     )

@@ -1,14 +1,13 @@
 """When entries are chosen and when all are taken, and what the indexer hands to its loss."""
 
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
 from overleap.cache.layout import CacheFormat
 from overleap.kernels import select
-from overleap.kernels.spec import Ops
+from overleap.kernels.composed import Assembled
 from overleap.model.indexer import IndexerTap
 from overleap.model.transformer import Batch
 from tests.checkpoints import random_tensors, tiny_config
@@ -27,7 +26,7 @@ def run(
         return ops.index_topk(*arguments)
 
     config = tiny_config(seed, compress_ratios=(4, 0, 4), index_topk=topk, index_n_heads=16)
-    counting = cast(Ops, SimpleNamespace(**vars(ops) | {"index_topk": index_topk}))
+    counting = Assembled(vars(ops) | {"index_topk": index_topk})
     model = build(config, random_tensors(config, seed), counting)
     ids = draw_ids(config, length, torch.Generator().manual_seed(seed))
     cache = room(config, length, CacheFormat.WIDE, slots=1)

@@ -5,9 +5,6 @@ are as good as equal, and then all their logits differ. Tests that compare progr
 without such places; a test of the tie rule itself is in tests/kernels/test_attention.py.
 """
 
-from types import SimpleNamespace
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +12,7 @@ from torch import Tensor
 from overleap.cache.layout import CacheFormat
 from overleap.config import ModelConfig
 from overleap.kernels import select
+from overleap.kernels.composed import Assembled
 from overleap.kernels.spec import Ops, Pool, Spans
 from overleap.kernels.torch.attention import entry_rows
 from overleap.kernels.torch.linear import values_of
@@ -53,9 +51,7 @@ def watched() -> tuple[Ops, list[Tensor]]:
         margins.append(_margin(score.masked_fill(hidden, -torch.inf), k))
         return ops.index_topk(q_TI, weight_TI, keys, ratio, spans, k)
 
-    return cast(Ops, SimpleNamespace(**vars(ops) | {"route": route, "index_topk": index_topk})), (
-        margins
-    )
+    return Assembled(vars(ops) | {"route": route, "index_topk": index_topk}), (margins)
 
 
 def _margin(score_TS: Tensor, k: int) -> Tensor:

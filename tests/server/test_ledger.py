@@ -346,23 +346,28 @@ def test_a_lost_connection_is_made_again(postgres: str) -> None:
     database.close()
 
 
-def test_a_reservation_survives_a_lost_commit(postgres: str) -> None:
-    """The connection ends after the commit and before we hear of it: done again, booked once."""
+@pytest.mark.parametrize("step", ["_reserve", "_settle"])
+def test_a_lost_commit_is_booked_once(
+    postgres: str, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """The connection ends after a commit and before we hear of it: done again, booked once."""
     database = Database(postgres)
     customer = customer_of(database, tokens_per_day=100)
     with Ledger(database) as ledger:
-        books, true_reserve = ledger._books, ledger._books._reserve
+        books, work = ledger._books, getattr(ledger._books, step)
+        lost: list[str] = []
 
-        def reserve_and_lose(connection: Any, terms: Any) -> None:
-            true_reserve(connection, terms)
-            if not books._again:
+        def commit_and_lose(connection: Any, *arguments: Any) -> None:
+            work(connection, *arguments)
+            if not lost:
+                lost.append(step)
                 connection.commit()
                 lose_connections(postgres)
                 raise sa.exc.OperationalError(
                     "COMMIT", None, Exception("gone"), connection_invalidated=True
                 )
 
-        books._reserve = reserve_and_lose  # type: ignore[method-assign]
+        monkeypatch.setattr(books, step, commit_and_lose)
 
         async def run() -> None:
             async with ledger.reserve(customer, 90, 10) as reservation:
@@ -372,7 +377,8 @@ def test_a_reservation_survives_a_lost_commit(postgres: str) -> None:
                 await reservation.settle(Usage(cache_miss_tokens=90, output_tokens=10))
 
         asyncio.run(run())
-        assert sums_of(database, customer)[2:] == (100, 0)
+        assert sums_of(database, customer) == (PRICE.of(0, 90, 10), 0, 100, 0)
+        assert lost
     assert check_books(database) == []
     database.close()
 

@@ -40,6 +40,17 @@ def started(forked: Users, order: dict[str, object], folder: Path) -> int:
     return child
 
 
+def some_time(folder: Path, draw: random.Random) -> None:
+    """A moment in the middle of work, however slow the machine: a few more lines, and a bit."""
+    journal = folder / "journal"
+    enough = (journal.stat().st_size if journal.exists() else 0) + draw.randint(1, 2000)
+    deadline = time.monotonic() + 60
+    while not journal.exists() or journal.stat().st_size < enough:
+        assert time.monotonic() < deadline, "nothing is being settled"
+        time.sleep(0.002)
+    time.sleep(draw.random() * 0.02)
+
+
 def test_kills_under_load(where: str, tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)
     database = Database(where)
@@ -49,7 +60,7 @@ def test_kills_under_load(where: str, tmp_path: Path, seed: int) -> None:
         for kill in range(KILLS):
             order = order_of(where, key, tmp_path, seed + 100 * kill, 10**6)
             child = started(forked, order, tmp_path)
-            time.sleep(draw.uniform(0.01, 0.4))
+            some_time(tmp_path, draw)
             forked.kill(child)
             began = time.perf_counter()
             again = Database(where)
@@ -101,7 +112,7 @@ def test_a_living_sibling_keeps_its_reservations(where: str, tmp_path: Path, see
         for kill in range(3):
             order = order_of(where, key, tmp_path, seed + 100 * (kill + 1), 10**6)
             child = started(forked, order, tmp_path)
-            time.sleep(draw.uniform(0.01, 0.2))
+            some_time(tmp_path, draw)
             forked.kill(child)
         assert forked.collect() == (living, 0), "the living one met a refunded request"
     settle_down(where)

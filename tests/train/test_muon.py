@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from overleap.kernels import select
 from overleap.kernels.torch.orthogonalise import orthogonalise
 from overleap.train.muon import UPDATE_RMS, Optimizer, is_matrix
+
+OPS = select("torch")
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (96, 32), (24, 128), (3, 40, 64)])
@@ -33,7 +36,7 @@ def test_an_update_has_the_stated_size(seed: int) -> None:
     torch.manual_seed(seed)
     weight = torch.nn.Parameter(torch.randn(48, 96))
     before = weight.detach().clone()
-    optimizer = Optimizer([("layers.0.attn.wkv.weight", weight)])
+    optimizer = Optimizer([("layers.0.attn.wkv.weight", weight)], OPS)
     weight.grad = torch.randn_like(weight)
     optimizer.step(0.5, 0.0)
     moved = (weight.detach() - before).square().mean().sqrt()
@@ -45,7 +48,7 @@ def test_adam_takes_what_is_not_a_matrix(seed: int) -> None:
     ours = torch.nn.Parameter(torch.randn(40, 8))
     theirs = torch.nn.Parameter(ours.detach().clone())
     assert not is_matrix("embed.weight", ours) and is_matrix("layers.0.attn.wkv.weight", ours)
-    optimizer = Optimizer([("embed.weight", ours)])
+    optimizer = Optimizer([("embed.weight", ours)], OPS)
     reference = torch.optim.Adam([theirs], lr=0.01, betas=(0.9, 0.95), eps=1e-12)
     for _ in range(5):
         ours.grad = torch.randn_like(ours)
@@ -59,7 +62,7 @@ def test_a_resumed_optimizer_goes_on_as_if_never_stopped(seed: int) -> None:
     torch.manual_seed(seed)
     named = [("layers.0.w", torch.nn.Parameter(torch.randn(8, 8)))]
     named.append(("norm.weight", torch.nn.Parameter(torch.randn(8))))
-    optimizer = Optimizer(named)
+    optimizer = Optimizer(named, OPS)
     for step in range(3):
         for _, p in named:
             p.grad = torch.randn_like(p)
@@ -67,7 +70,7 @@ def test_a_resumed_optimizer_goes_on_as_if_never_stopped(seed: int) -> None:
         if step == 1:
             kept = {name: t.clone() for name, t in optimizer.state().items()}
             copies = [(n, torch.nn.Parameter(p.detach().clone())) for n, p in named]
-    other = Optimizer(copies)
+    other = Optimizer(copies, OPS)
     other.load(kept)
     for (_, p), (_, copy) in zip(named, copies, strict=True):
         copy.grad = p.grad

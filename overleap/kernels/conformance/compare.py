@@ -48,6 +48,15 @@ RULES: dict[str, Rule] = {
     "hc_pre": Rule(FLOAT32, BFLOAT16, "Sinkhorn ends on columns"),
     "hc_head": Rule(FLOAT32, BFLOAT16, "one gate a stream, from all streams"),
     "hc_post": Rule(FLOAT32, BFLOAT16, "stream k takes comb[j, k] of stream j"),
+    "sample": Rule(FLOAT32, FLOAT32, "equal logits (-0.0 is 0.0): the smaller id, in every cut"),
+    "orthogonalise": Rule(2.0**-4, 2.0**-4, "products in bf16; zeros stay zeros"),
+    "project": Rule(FLOAT32, BFLOAT16, "the norm's result has the type of its input"),
+    "project_back": Rule(FLOAT32, BFLOAT16, "the first half is not rounded, the second may be"),
+    "norm_rope_quantize": Rule(FLOAT32, BFLOAT16, "packed rows to the byte"),
+    "compress_write": Rule(FLOAT32, FLOAT32, "entries read the tail as it was before"),
+    "attend_write": Rule(FLOAT32, BFLOAT16, "rows are read before they are written"),
+    "mixture": Rule(FLOAT32, BFLOAT16, "shared experts count once, with weight 1"),
+    "hc_pre_norm": Rule(FLOAT32, BFLOAT16, "the norm sees y in the type of the streams"),
 }
 
 

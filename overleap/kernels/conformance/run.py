@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from overleap.errors import BackendError
-from overleap.kernels.conformance import cases, sequences
+from overleap.kernels.conformance import cases, choosing, coarse, sequences
 from overleap.kernels.conformance.cases import Case, Cases
 from overleap.kernels.conformance.compare import Finding, wrong
 from overleap.kernels.conformance.draw import Draw
@@ -38,6 +38,15 @@ CASES: dict[str, Cases] = {
     "hc_pre": cases.hc_pre,
     "hc_head": cases.hc_head,
     "hc_post": cases.hc_post,
+    "sample": choosing.sample,
+    "orthogonalise": choosing.orthogonalise,
+    "project": coarse.project,
+    "project_back": coarse.project_back,
+    "norm_rope_quantize": coarse.norm_rope_quantize,
+    "compress_write": coarse.compress_write,
+    "attend_write": coarse.attend_write,
+    "mixture": coarse.mixture,
+    "hc_pre_norm": coarse.hc_pre_norm,
 }
 REPEATS, ENOUGH_S = 15, 0.3  # of a timed case: the median of up to 15 runs within 0.3 s
 

@@ -19,6 +19,7 @@ def ops() -> Mapping[str, Callable[..., Any]]:
             f"the native kernels are not there ({error})",
             "install a C++ compiler and Python's headers, then `pip install` overleap again",
         ) from None
-    from overleap.kernels.cpu import attention, linear, rows, sequences, streams
+    from overleap.kernels.cpu import attention, linear, rows, sampling, sequences, streams
 
-    return {**linear.OPS, **attention.OPS, **rows.OPS, **streams.OPS, **sequences.OPS}
+    parts = (linear, attention, rows, streams, sequences, sampling)
+    return {name: op for part in parts for name, op in part.OPS.items()}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from overleap.kernels.cpu import _native
 from overleap.kernels.cpu.linear import plain
+from overleap.kernels.cpu.rows import rotary
 from overleap.kernels.spec import Pool, Spans
 
 _KIND = {"kv": 0, "key": 1, "wide": 2}
@@ -62,6 +63,25 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """See spec.Ops.attend. Chosen entries count in the order of their numbers, so that naming every
     visible entry gives the bits of naming none."""
+    return attend_write(
+        q_THK, fresh_T, ring, entries, chosen_Tk, ratio, sink_H, scale, window, spans, None
+    )
+
+
+def attend_write(
+    q_THK: Tensor,
+    fresh_T: Tensor,
+    ring: Pool,
+    entries: Pool | None,
+    chosen_Tk: Tensor | None,
+    ratio: int,
+    sink_H: Tensor,
+    scale: float,
+    window: int,
+    spans: Spans,
+    frequency: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See spec.Ops.attend_write; as attend where frequency is None."""
     tokens, heads, width = q_THK.shape
     q_THK, fresh_T = plain(q_THK), plain(fresh_T)
     row, table = ring.format, spans.table_BP
@@ -102,9 +122,15 @@ def attend(
         spans.slot,
         out.data_ptr(),
         log.data_ptr(),
+        *((0, 0) if frequency is None else rotary(frequency, width)),
+        spans.position_T.data_ptr(),
         torch.get_num_threads(),
     )
     return out, log
 
 
-OPS: dict[str, Callable[..., Any]] = {"index_topk": index_topk, "attend": attend}
+OPS: dict[str, Callable[..., Any]] = {
+    "index_topk": index_topk,
+    "attend": attend,
+    "attend_write": attend_write,
+}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from overleap.errors import BackendError
 from overleap.kernels.cpu import _native
-from overleap.kernels.spec import Experts, Weight
+from overleap.kernels.spec import Experts, Joint, Weight
 
 FLOAT = {torch.float32: 0, torch.bfloat16: 1}
 _FORM = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.int8: 3}
@@ -67,6 +67,65 @@ def _product(
     )
 
 
+def project(
+    x: Tensor, parts: tuple[Joint, ...], norm: Tensor | None = None, eps: float = 0.0
+) -> tuple[Tensor, ...]:
+    """See spec.Ops.project."""
+    x = plain(x)
+    tokens, columns = x.shape
+    made = [
+        torch.empty((tokens, part.outputs), dtype=torch.float32 if part.wide else x.dtype)
+        for part in parts
+    ]
+    _native.project(
+        x.data_ptr(),
+        FLOAT[x.dtype],
+        tokens,
+        columns,
+        *norm_weight(norm, columns),
+        eps,
+        [part.table.data_ptr() for part in parts],
+        [len(part.weights) for part in parts],
+        [out.data_ptr() for out in made],
+        [FLOAT[out.dtype] for out in made],
+        torch.get_num_threads(),
+    )
+    return tuple(made)
+
+
+def norm_weight(weight: Tensor | None, width: int) -> tuple[int, int]:
+    """Address and type of an rms_norm's weight."""
+    if weight is None:
+        return 0, 0
+    assert weight.is_contiguous() and weight.shape[0] == width
+    return weight.data_ptr(), FLOAT[weight.dtype]
+
+
+def project_back(o_TGI: Tensor, inner: Weight, outer: Joint) -> Tensor:
+    """See spec.Ops.project_back."""
+    o = plain(o_TGI)
+    tokens, groups, inputs = o.shape
+    data, scale = inner.data, inner.scale
+    assert data.is_contiguous() and (scale is None or scale.is_contiguous())
+    out = torch.empty((tokens, outer.outputs), dtype=torch.float32 if outer.wide else o.dtype)
+    _native.project_back(
+        o.data_ptr(),
+        FLOAT[o.dtype],
+        tokens,
+        groups,
+        data.data_ptr(),
+        0 if scale is None else scale.data_ptr(),
+        _FORM[data.dtype],
+        data.shape[0],
+        inputs,
+        outer.table.data_ptr(),
+        out.data_ptr(),
+        FLOAT[out.dtype],
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def experts(
     x_TD: Tensor,
     ids_TX: Tensor,
@@ -76,31 +135,61 @@ def experts(
     round_input: bool,
 ) -> Tensor:
     """See spec.Ops.experts."""
+    return _mixture(x_TD, ids_TX, weight_TX, (experts, round_input), None, limit)
+
+
+def mixture(
+    x_TD: Tensor,
+    ids_TX: Tensor,
+    weight_TX: Tensor,
+    routed: Experts,
+    shared: Experts,
+    limit: float,
+) -> Tensor:
+    """See spec.Ops.mixture."""
+    many, every = ((part, part.w1[0].packed) for part in (routed, shared))
+    return _mixture(x_TD, ids_TX, weight_TX, many, every, limit)
+
+
+def _mixture(
+    x_TD: Tensor,
+    ids_TX: Tensor,
+    weight_TX: Tensor,
+    routed: tuple[Experts, bool],
+    shared: tuple[Experts, bool] | None,
+    limit: float,
+) -> Tensor:
     x, ids, weight = plain(x_TD), ids_TX.contiguous(), weight_TX.contiguous()
-    first = experts.w1[0].data
     assert ids.dtype is torch.int64 and weight.dtype is torch.float32
     out = torch.empty_like(x)
     _native.mixture(
         x.data_ptr(),
         FLOAT[x.dtype],
         *x.shape,
-        first.shape[0],
         ids.shape[1],
-        len(experts.w1),
         ids.data_ptr(),
         weight.data_ptr(),
-        experts.addresses.data_ptr(),
-        _FORM[first.dtype],
+        *_expertise(*routed),
+        *((0, 0, 0, 0, False) if shared is None else _expertise(*shared)),
         limit,
-        round_input,
         out.data_ptr(),
         torch.get_num_threads(),
     )
     return out
 
 
+def _expertise(experts: Experts, round_input: bool) -> tuple[int, int, int, int, bool]:
+    """Address of the table, experts, inner width, form, whether inputs are rounded."""
+    first = experts.w1[0].data
+    address = experts.addresses.data_ptr()
+    return address, len(experts.w1), first.shape[0], _FORM[first.dtype], round_input
+
+
 OPS: dict[str, Callable[..., Any]] = {
     "matmul": matmul,
     "grouped_matmul": grouped_matmul,
     "experts": experts,
+    "project": project,
+    "project_back": project_back,
+    "mixture": mixture,
 }

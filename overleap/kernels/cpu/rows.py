@@ -12,7 +12,7 @@ from torch import Tensor
 
 from overleap.cache.layout import CacheFormat, entry_bytes, key_bytes
 from overleap.kernels.cpu import _native
-from overleap.kernels.cpu.linear import FLOAT, matmul, plain
+from overleap.kernels.cpu.linear import FLOAT, matmul, norm_weight, plain
 from overleap.kernels.spec import RowFormat, Weight
 
 MOST_ROTARY, MOST_HADAMARD = 512, 4096  # as in src/rows.h
@@ -27,20 +27,12 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         FLOAT[x.dtype],
         x.numel() // width,
         width,
-        *_weight(weight, width),
+        *norm_weight(weight, width),
         eps,
         out.data_ptr(),
         torch.get_num_threads(),
     )
     return out
-
-
-def _weight(weight: Tensor | None, width: int) -> tuple[int, int]:
-    """Address and type."""
-    if weight is None:
-        return 0, 0
-    assert weight.is_contiguous() and weight.shape[0] == width
-    return weight.data_ptr(), FLOAT[weight.dtype]
 
 
 def norm_rope(
@@ -53,10 +45,10 @@ def norm_rope(
         x.data_ptr(),
         FLOAT[x.dtype],
         *_heads(x, position),
-        *_weight(weight, x.shape[-1]),
+        *norm_weight(weight, x.shape[-1]),
         eps,
         position.data_ptr(),
-        *_frequency(frequency, x.shape[-1]),
+        *rotary(frequency, x.shape[-1]),
         out.data_ptr(),
         torch.get_num_threads(),
     )
@@ -72,7 +64,7 @@ def rotate(x: Tensor, position: Tensor, frequency: Tensor, inverse: bool) -> Ten
         FLOAT[x.dtype],
         *_heads(x, position),
         position.data_ptr(),
-        *_frequency(frequency, x.shape[-1]),
+        *rotary(frequency, x.shape[-1]),
         inverse,
         out.data_ptr(),
         torch.get_num_threads(),
@@ -88,7 +80,7 @@ def _heads(x: Tensor, position: Tensor) -> tuple[int, int, int]:
     return shape[0] * heads, heads, shape[-1]
 
 
-def _frequency(frequency: Tensor, width: int) -> tuple[int, int]:
+def rotary(frequency: Tensor, width: int) -> tuple[int, int]:
     """Address and rotary dims."""
     rotary = 2 * frequency.shape[0]
     assert frequency.dtype is torch.float32 and frequency.is_contiguous()
@@ -117,19 +109,57 @@ def quantize(x: Tensor, row: RowFormat) -> Tensor:
     x = plain(x)
     if row.kind == "wide":
         return x.float()
-    width, is_key = row.width, row.kind == "key"
-    assert x.shape[-1] == width and (width % 2 == 0 or not is_key)
-    if is_key:
-        size = key_bytes(width, CacheFormat.RELEASE)
-    else:
-        size = entry_bytes(width, row.rope, CacheFormat.RELEASE)
-    out = torch.empty((*x.shape[:-1], size), dtype=torch.uint8)
+    out = torch.empty((*x.shape[:-1], _size(x, row)), dtype=torch.uint8)
     _native.quantize(
         x.data_ptr(),
         FLOAT[x.dtype],
-        x.numel() // width,
-        width,
-        is_key,
+        x.numel() // row.width,
+        row.width,
+        row.kind == "key",
+        row.rope,
+        out.shape[-1],
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _size(x: Tensor, row: RowFormat) -> int:
+    """Bytes of a packed row."""
+    width = row.width
+    assert x.shape[-1] == width and (width % 2 == 0 or row.kind != "key")
+    if row.kind == "key":
+        return key_bytes(width, CacheFormat.RELEASE)
+    return entry_bytes(width, row.rope, CacheFormat.RELEASE)
+
+
+def norm_rope_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float | None,
+    position: Tensor,
+    frequency: Tensor,
+    mixed: bool,
+    row: RowFormat,
+) -> Tensor:
+    """See spec.Ops.norm_rope_quantize."""
+    x, position = plain(x), position.contiguous()
+    width, packed = x.shape[-1], row.kind != "wide"
+    assert not mixed or (width & (width - 1) == 0 and width <= MOST_HADAMARD)
+    size = _size(x, row) if packed else width
+    out = torch.empty((*x.shape[:-1], size), dtype=row.dtype)
+    _native.norm_rope_quantize(
+        x.data_ptr(),
+        FLOAT[x.dtype],
+        *_heads(x, position),
+        eps is not None,
+        *norm_weight(weight, width),
+        eps or 0.0,
+        position.data_ptr(),
+        *rotary(frequency, width),
+        mixed,
+        packed,
+        row.kind == "key",
         row.rope,
         size,
         out.data_ptr(),
@@ -179,5 +209,6 @@ OPS: dict[str, Callable[..., Any]] = {
     "rotate": rotate,
     "hadamard": hadamard,
     "quantize": quantize,
+    "norm_rope_quantize": norm_rope_quantize,
     "route": route,
 }

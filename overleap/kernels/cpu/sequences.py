@@ -52,12 +52,24 @@ def page_write(pool: Pool, rows_E: Tensor, ratio: int, spans: Spans) -> None:
 
 def compress(rows_T2W: Tensor, tail: Tensor, ape: Tensor, ratio: int, spans: Spans) -> Tensor:
     """See spec.Ops.compress."""
+    return _compress(rows_T2W, tail, ape, ratio, spans, False)
+
+
+def compress_write(rows_T2W: Tensor, tail: Tensor, ape: Tensor, ratio: int, spans: Spans) -> Tensor:
+    """See spec.Ops.compress_write."""
+    return _compress(rows_T2W, tail, ape, ratio, spans, True)
+
+
+def _compress(
+    rows_T2W: Tensor, tail: Tensor, ape: Tensor, ratio: int, spans: Spans, writes: bool
+) -> Tensor:
     rows, width, overlapped = plain(rows_T2W), ape.shape[1], ratio == 4
     assert tail.is_contiguous() and ape.is_contiguous() and ratio <= MOST_POOLED
-    assert rows.dtype is tail.dtype is ape.dtype is torch.float32 and rows.shape[2] == width
+    assert rows.dtype is tail.dtype is ape.dtype is torch.float32
+    assert rows.shape[1:] == tail.shape[2:] == (2, width)
     entries = sum(last - first for first, last in spans.emitted(ratio))
     out = torch.empty((entries, width // 2 if overlapped else width), dtype=torch.float32)
-    if entries:
+    if entries or writes:
         _native.compress(
             rows.data_ptr(),
             tail.data_ptr(),
@@ -66,6 +78,7 @@ def compress(rows_T2W: Tensor, tail: Tensor, ape: Tensor, ratio: int, spans: Spa
             tail.shape[1],
             ratio,
             overlapped,
+            writes,
             spans.start,
             spans.count,
             spans.slot,
@@ -79,4 +92,5 @@ OPS: dict[str, Callable[..., Any]] = {
     "window_write": window_write,
     "page_write": page_write,
     "compress": compress,
+    "compress_write": compress_write,
 }

@@ -10,9 +10,29 @@ import torch
 from torch import Tensor
 
 from overleap.kernels.cpu import _native
-from overleap.kernels.cpu.linear import FLOAT, plain
+from overleap.kernels.cpu.linear import FLOAT, norm_weight, plain
 
 MOST_STREAMS = 8  # as in src/rows.h
+
+
+def hc_pre_norm(
+    x_TMD: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+    norm: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See spec.Ops.hc_pre_norm; without the norm for None."""
+    tokens, streams, _ = x_TMD.shape
+    post = torch.empty((tokens, streams), dtype=torch.float32)
+    comb = torch.empty((tokens, streams, streams), dtype=torch.float32)
+    gates = post.data_ptr(), comb.data_ptr()
+    rows = (2 + streams) * streams
+    y = _collapse(x_TMD, fn, base, scale, rows, iterations, eps, norm_eps, gates, norm)
+    return y, post, comb
 
 
 def hc_pre(
@@ -25,19 +45,14 @@ def hc_pre(
     norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See spec.Ops.hc_pre."""
-    tokens, streams, _ = x_TMD.shape
-    post = torch.empty((tokens, streams), dtype=torch.float32)
-    comb = torch.empty((tokens, streams, streams), dtype=torch.float32)
-    gates = post.data_ptr(), comb.data_ptr()
-    y = _collapse(x_TMD, fn, base, scale, (2 + streams) * streams, iterations, eps, norm_eps, gates)
-    return y, post, comb
+    return hc_pre_norm(x_TMD, fn, base, scale, iterations, eps, norm_eps, None)
 
 
 def hc_head(
     x_TMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float
 ) -> Tensor:
     """See spec.Ops.hc_head."""
-    return _collapse(x_TMD, fn, base, scale, x_TMD.shape[1], 0, eps, norm_eps, (0, 0))
+    return _collapse(x_TMD, fn, base, scale, x_TMD.shape[1], 0, eps, norm_eps, (0, 0), None)
 
 
 def _collapse(
@@ -50,6 +65,7 @@ def _collapse(
     eps: float,
     norm_eps: float,
     gates: tuple[int, int],
+    norm: Tensor | None,
 ) -> Tensor:
     """The gated sum of the streams [T, D]; gates: where post and comb go, 0 for neither."""
     x = plain(x)
@@ -72,6 +88,7 @@ def _collapse(
         norm_eps,
         y.data_ptr(),
         *gates,
+        *norm_weight(norm, width),
         torch.get_num_threads(),
     )
     return y
@@ -101,4 +118,9 @@ def hc_post(y_TD: Tensor, x_TMD: Tensor, post_TM: Tensor, comb_TMM: Tensor) -> T
     return out.to(x_TMD.dtype)
 
 
-OPS: dict[str, Callable[..., Any]] = {"hc_pre": hc_pre, "hc_head": hc_head, "hc_post": hc_post}
+OPS: dict[str, Callable[..., Any]] = {
+    "hc_pre": hc_pre,
+    "hc_head": hc_head,
+    "hc_post": hc_post,
+    "hc_pre_norm": hc_pre_norm,
+}

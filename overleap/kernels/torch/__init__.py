@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from overleap.kernels.torch import attention, compress, hyper, linear, moe
+from overleap.kernels.torch import attention, compress, hyper, linear, moe, orthogonalise, sample
 
 
 def ops() -> Mapping[str, Callable[..., Any]]:
@@ -26,4 +26,6 @@ def ops() -> Mapping[str, Callable[..., Any]]:
         "hc_pre": hyper.hc_pre,
         "hc_head": hyper.hc_head,
         "hc_post": hyper.hc_post,
+        "sample": sample.sample,
+        "orthogonalise": orthogonalise.orthogonalise,
     }

@@ -1,6 +1,6 @@
 """Hybrid Newton-Schulz orthogonalisation for Muon, in plain torch (report Alg. 1, section 2.4).
 
-Not the optimiser: train/muon.py. Contract in the docstring; no model code calls it.
+Not the optimiser: train/muon.py.
 """
 
 import torch
@@ -13,14 +13,7 @@ STEPS = (FAST,) * 8 + (SETTLE,) * 2
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """The nearest matrix with all singular values about 1: U V^T of U S V^T.
-
-    matrix   [..., N, K]  f32 or bf16; a batch is done at once
-    returns  same shape, f32; products run in bf16 (report section 5.4)
-
-    M <- M / |M|_F, then M <- a M + b (M M^T) M + c (M M^T)^2 M for each step. A zero matrix
-    stays zero.
-    """
+    """See spec.Ops.orthogonalise."""
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.mT if tall else matrix
     norm = torch.linalg.matrix_norm(x.float(), keepdim=True).clamp(min=1e-30)

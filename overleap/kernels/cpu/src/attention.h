@@ -35,8 +35,17 @@ struct Pages {
 
     // Where entry `number` of a sequence is stored.
     const uint8_t* entry(int64_t sequence, int64_t number) const {
-        int64_t page = table[sequence * table_width + number / per_page];
-        return rows + (page * per_page + number % per_page) * layout.bytes;
+        const int64_t at = page_of(number), page = table[sequence * table_width + at];
+        return rows + (page * per_page + number - at * per_page) * layout.bytes;
+    }
+
+    // Entries from this one on that follow one another in memory.
+    int64_t left(int64_t number) const { return (page_of(number) + 1) * per_page - number; }
+
+    // A page has a power of two rows, usually: a division would take as long as reading one.
+    int64_t page_of(int64_t number) const {
+        const bool power = (per_page & (per_page - 1)) == 0;
+        return power ? number >> __builtin_ctzll(per_page) : number / per_page;
     }
 };
 

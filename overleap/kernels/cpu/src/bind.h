@@ -4,6 +4,7 @@
 #include <nanobind/nanobind.h>
 
 #include <cstdint>
+#include <vector>
 
 namespace overleap {
 
@@ -18,8 +19,15 @@ T* at(Address address) {
 // Kernels never touch Python objects, so other threads may run Python meanwhile.
 using Unlocked = nanobind::call_guard<nanobind::gil_scoped_release>;
 
+// The last `capacity` rows of every sequence into its ring; rows of `bytes`.
+void window_write(Address ring, int64_t capacity, int64_t bytes, Address rows,
+                  const std::vector<int64_t>& start, const std::vector<int64_t>& count,
+                  const std::vector<int64_t>& slot);
+
 void bind_linear(nanobind::module_& m);     // matmul, grouped_matmul, experts
 void bind_attention(nanobind::module_& m);  // index_topk, attend
 void bind_rows(nanobind::module_& m);       // norms, rotation, rows, compress, route, streams
+void bind_sampling(nanobind::module_& m);   // sample
+void bind_ceiling(nanobind::module_& m);    // reading memory, nothing else
 
 }  // namespace overleap

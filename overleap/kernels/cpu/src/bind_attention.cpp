@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "attention.h"
+#include "rows.h"
 
 namespace overleap {
 namespace {
@@ -46,7 +47,8 @@ void bind_attention(nanobind::module_& m) {
            int kind, int64_t width, int64_t rope, int64_t bytes, Address entries, int64_t per_page,
            Address table, int64_t table_width, Address chosen, int64_t k, int64_t ratio,
            Address sink, float scale, int64_t window, const Counts& start, const Counts& count,
-           const Counts& slot, Address out, Address log, int threads) {
+           const Counts& slot, Address out, Address log, Address frequency, int64_t rotary,
+           Address position, int threads) {
             RowLayout rows = layout(kind, width, rope, bytes);
             Pages pages{at<const uint8_t>(entries), rows, per_page, at<const int64_t>(table),
                         table_width};
@@ -56,6 +58,12 @@ void bind_attention(nanobind::module_& m) {
                                 scale, window, stretches(start, count, slot), at<void>(out),
                                 at<float>(log), threads};
             OVERLEAP_CALL(attend)(attention);
+            if (!frequency) return;
+            const int64_t tokens = attention.sequences.back().first + count.back();
+            Rows turned{at<void>(out), attention.type, tokens * heads, heads, width, at<void>(out),
+                        threads};
+            OVERLEAP_CALL(rotate)(turned, Turn{at<int64_t>(position), at<float>(frequency), rotary, true});
+            window_write(ring, ring_rows, bytes, fresh, start, count, slot);
         },
         Unlocked());
 }

@@ -4,10 +4,23 @@
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
+#include <memory>
 
 #include "rows.h"
 
 namespace overleap {
+
+void window_write(Address ring, int64_t capacity, int64_t bytes, Address rows,
+                  const std::vector<int64_t>& start, const std::vector<int64_t>& count, const std::vector<int64_t>& slot) {
+    const uint8_t* row = at<uint8_t>(rows);
+    for (size_t b = 0; b < start.size(); b++) {
+        uint8_t* own = at<uint8_t>(ring) + slot[b] * capacity * bytes;
+        for (int64_t t = count[b] > capacity ? count[b] - capacity : 0; t < count[b]; t++)
+            std::memcpy(own + (start[b] + t) % capacity * bytes, row + t * bytes, bytes);
+        row += count[b] * bytes;
+    }
+}
+
 namespace {
 
 using Numbers = std::vector<int64_t>;
@@ -23,6 +36,20 @@ Norm norm(Address weight, int type, float eps) {
 
 Turn turn(Address position, Address frequency, int64_t rotary, bool inverse) {
     return {at<int64_t>(position), at<float>(frequency), rotary, inverse};
+}
+
+// bf16 or f32 values as f32.
+void widened(const uint8_t* from, int type, int64_t count, float* to) {
+    if (type == static_cast<int>(Float::f32)) {
+        std::memcpy(to, from, 4 * static_cast<size_t>(count));
+        return;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        uint16_t half;
+        std::memcpy(&half, from + 2 * i, 2);
+        const uint32_t bits = static_cast<uint32_t>(half) << 16;
+        std::memcpy(to + i, &bits, 4);
+    }
 }
 
 void bind_norms(nanobind::module_& m) {
@@ -67,6 +94,26 @@ void bind_norms(nanobind::module_& m) {
         },
         Unlocked());
     m.def(
+        "norm_rope_quantize",
+        [](Address x, int type, int64_t count, int64_t heads, int64_t width, bool normed,
+           Address weight, int weight_type, float eps, Address position, Address frequency,
+           int64_t rotary, bool mixed, bool packed, bool key, int64_t rope, int64_t bytes,
+           Address out, int threads) {
+            const auto size = static_cast<size_t>(type == static_cast<int>(Float::bf16) ? 2 : 4);
+            std::unique_ptr<uint8_t[]> made(new uint8_t[static_cast<size_t>(count * width) * size]);
+            const auto between = reinterpret_cast<Address>(made.get());
+            const Turn t = turn(position, frequency, rotary, false);
+            Rows r = rows(x, type, count, heads, width, between, threads);
+            if (normed) OVERLEAP_CALL(norm_rope)(r, norm(weight, weight_type, eps), t);
+            else OVERLEAP_CALL(rotate)(r, t);
+            r = rows(between, type, count, 1, width, between, threads);
+            if (mixed) OVERLEAP_CALL(hadamard)(r);
+            r.out = at<void>(out);
+            if (packed) OVERLEAP_CALL(quantize)(r, Packing{key, rope, bytes});
+            else widened(made.get(), type, count * width, at<float>(out));
+        },
+        Unlocked());
+    m.def(
         "route",
         [](Address logit, Address bias, Address fixed, int64_t tokens, int64_t experts, int64_t k,
            float scale, Address ids, Address weight, int threads) {
@@ -82,11 +129,14 @@ void bind_streams(nanobind::module_& m) {
         "collapse",
         [](Address x, int type, int64_t tokens, int64_t streams, int64_t width, Address fn,
            Address base, Address scale, int64_t iterations, float eps, float norm_eps, Address y,
-           Address post, Address comb, int threads) {
+           Address post, Address comb, Address norm_weight, int norm_type, int threads) {
             Collapse c{at<void>(x), static_cast<Float>(type), tokens, streams, width,
                        at<float>(fn), at<float>(base), at<float>(scale), iterations, eps,
                        norm_eps, at<void>(y), at<float>(post), at<float>(comb), threads};
             OVERLEAP_CALL(collapse)(c);
+            if (!norm_weight) return;
+            Rows r = rows(y, type, tokens, 1, width, y, threads);
+            OVERLEAP_CALL(rms_norm)(r, norm(norm_weight, norm_type, norm_eps));
         },
         Unlocked());
     m.def(
@@ -98,17 +148,6 @@ void bind_streams(nanobind::module_& m) {
             OVERLEAP_CALL(spread)(s);
         },
         Unlocked());
-}
-
-void window_write(Address ring, int64_t capacity, int64_t bytes, Address rows,
-                  const Numbers& start, const Numbers& count, const Numbers& slot) {
-    const uint8_t* row = at<uint8_t>(rows);
-    for (size_t b = 0; b < start.size(); b++) {
-        uint8_t* own = at<uint8_t>(ring) + slot[b] * capacity * bytes;
-        for (int64_t t = count[b] > capacity ? count[b] - capacity : 0; t < count[b]; t++)
-            std::memcpy(own + (start[b] + t) % capacity * bytes, row + t * bytes, bytes);
-        row += count[b] * bytes;
-    }
 }
 
 void page_write(Address pool, int64_t per_page, int64_t bytes, Address rows, Address table,
@@ -130,11 +169,12 @@ void bind_sequences(nanobind::module_& m) {
     m.def(
         "compress",
         [](Address fresh, Address tail, Address ape, int64_t width, int64_t capacity,
-           int64_t ratio, bool overlapped, const Numbers& start, const Numbers& count,
-           const Numbers& slot, Address out, int threads) {
+           int64_t ratio, bool overlapped, bool writes, const Numbers& start,
+           const Numbers& count, const Numbers& slot, Address out, int threads) {
             Pooling p{at<float>(fresh), at<float>(tail), at<float>(ape), width, capacity, ratio,
                       overlapped, {start, count, slot}, at<float>(out), threads};
             OVERLEAP_CALL(compress)(p);
+            if (writes) window_write(tail, capacity, 8 * width, fresh, start, count, slot);
         },
         Unlocked());
 }

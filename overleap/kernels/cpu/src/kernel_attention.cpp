@@ -1,22 +1,25 @@
 // attend: tiles of stored rows, decoded once for a block of tokens, under a running softmax.
-// A token's rows come in one order, in tiles cut at fixed places: window rows at absolute positions,
-// entries at their rank among those the token attends to. So neither the block nor the call shows
-// in the result, and all visible entries, named one by one, give the bits of "every visible entry".
+// A token's rows come in one order, in tiles and parts cut at fixed places: window rows at absolute
+// positions are part 0, entries follow at their rank among those the token attends to. Parts are
+// summed apart and joined in order, by one thread or by several. So neither the block, nor the call,
+// nor the threads show in the result, and all visible entries, named one by one, give the bits of
+// "every visible entry". Read next: softmax.h, attend_tile.h.
 #include <algorithm>
 #include <iterator>
-#include <type_traits>
-#include <vector>
 
-#include "attention.h"
-#include "dot.h"
+#include "softmax.h"
 #include "threads.h"
 
 namespace overleap::OVERLEAP_ISA {
+namespace {
 
-constexpr int kTileRows = 64;
-constexpr int64_t kBlockValues = 1 << 17;  // results of a block of tokens: half of a small L2
+constexpr int64_t kPartRows = 8 * kTileRows;  // entries of a part
+constexpr int64_t kWave = 16;                 // parts that are kept until they are joined
+constexpr int64_t kBlockValues = 1 << 15;     // results of a block of tokens: an eighth of a small L2
 constexpr int64_t kMostTokens = 32;
-constexpr int64_t kLeastHeads = 8;  // of a thread's share, where threads share a token
+constexpr int64_t kLeastHeads = 8;            // of a thread's share, where threads share a part
+constexpr int64_t kJoinedQueries = 8;         // the least that a thread joins
+constexpr int64_t kAhead = 8;                 // rows that are fetched before they are needed
 
 // Tokens of one sequence, and some heads of them.
 struct Block {
@@ -24,307 +27,274 @@ struct Block {
     int64_t number;  // of the sequence
     int64_t offset, tokens;
     int64_t head, heads;
+
+    int64_t queries() const { return tokens * heads; }
+    int64_t position() const { return sequence->start + offset; }
+
+    // The row of q and out that query r belongs to.
+    int64_t packed(int64_t r, int64_t all_heads) const {
+        return (sequence->first + offset + r / heads) * all_heads + head + r % heads;
+    }
 };
 
-// -- Rows
-
-template <class E>
-static inline int64_t decode_group(const uint8_t* code, int64_t n, uint8_t scale, E* out) {
-    return decode_fp8_fast(code, n, scale, out);
+int64_t parts_of(const Attention& a, const Block& block) {
+    if (!a.entries.rows) return 1;
+    int64_t entries = a.chosen ? a.k : (block.position() + block.tokens) / a.ratio;
+    return 1 + (entries + kPartRows - 1) / kPartRows;
 }
 
-#if defined(__AVX512BF16__)
-// By way of bf16, twice as many lanes: faster than straight to float.
-static inline int64_t decode_group(const uint8_t* code, int64_t n, uint8_t scale, float* out) {
-    bf16 exact[kKvGroup];
-    int64_t done = decode_fp8_fast(code, n, scale, exact);
-    for (int64_t i = 0; i < done; i += W) store(out + i, load(exact + i));
-    return done;
-}
-#endif
-
-static inline void copy_rope(const uint8_t* stored, int64_t n, bf16* out) {
-    std::memcpy(out, stored, static_cast<size_t>(2 * n));
-}
-
-static inline void copy_rope(const uint8_t* stored, int64_t n, float* out) {
-    bf16 few[W] = {};  // what is stored is not aligned
-    int64_t i = 0;
-    for (; i + W <= n; i += W) {
-        std::memcpy(few, stored + 2 * i, sizeof few);
-        store(out + i, load(few));
+// Ascending; few numbers of a small range are marks in a row of bits.
+void sort_numbers(std::vector<int64_t>& numbers) {
+    constexpr int64_t range = 1 << 16;
+    uint64_t marks[range / 64];
+    int64_t most = -1;
+    for (int64_t n : numbers) most = std::max(most, n);
+    if (most >= range) return std::sort(numbers.begin(), numbers.end());
+    std::fill(marks, marks + most / 64 + 1, 0);
+    bool twice = false;
+    for (int64_t n : numbers) {
+        twice |= marks[n / 64] >> n % 64 & 1;
+        marks[n / 64] |= uint64_t{1} << n % 64;
     }
-    std::memcpy(few, stored + 2 * i, 2 * static_cast<size_t>(n - i));
-    store_part(out + i, load(few), static_cast<int>(n - i));
+    if (twice) return std::sort(numbers.begin(), numbers.end());
+    auto to = numbers.begin();
+    for (int64_t word = 0; word <= most / 64; word++)
+        for (uint64_t left = marks[word]; left; left &= left - 1)
+            *to++ = 64 * word + __builtin_ctzll(left);
 }
 
-template <class E>
-static void decode_kv(const uint8_t* row, const RowLayout& layout, E* out) {
-    int64_t plain = layout.width - layout.rope;
-    const uint8_t* scale = row + plain + 2 * layout.rope;
-    for (int64_t i = 0; i < plain; i += kKvGroup, scale++) {
-        int64_t n = std::min<int64_t>(kKvGroup, plain - i);
-        int64_t done = decode_group(row + i, n, *scale, out + i);
-        decode_fp8(row + i + done, n - done, *scale, out + i + done);
-    }
-    copy_rope(row + plain, layout.rope, out + plain);
-}
-
-template <class E>
-static void decode_entry(const uint8_t* row, const RowLayout& layout, E* out) {
-    if (layout.kind == RowKind::kv) decode_kv(row, layout, out);
-    else
-        for (int64_t i = 0; i < layout.width; i++) {
-            float value;
-            std::memcpy(&value, row + 4 * i, 4);
-            put(out[i], value);
-        }
-    for (int64_t i = layout.width; i < padded<E>(layout.width); i++) out[i] = E{};
-}
-
-// -- The running softmax of a block. X: queries and results; E: rows and queries in a product.
+// -- Rows of a part. X: queries and results; E: rows and queries in a product.
 
 template <class X, class E>
-class Softmax {
+class Rows {
   public:
     void start(const Attention& a, const Block& block) {
-        a_ = &a, block_ = block;
-        stride_ = padded<E>(a.width);
-        int64_t rows = block.tokens * block.heads;
-        query_.resize(rows * stride_);
-        mixed_.assign(rows * stride_, 0.0f);
-        top_.assign(rows, -INFINITY);
-        total_.assign(rows, 0.0f);
-        tile_.resize(kTileRows * stride_);
-        score_.resize(block.heads * kTileRows);
-        keep_.resize(block.heads);
-        buffer_.resize(a.width + W);
-        for (int64_t r = 0; r < rows; r++)
-            prepare_row(static_cast<const X*>(a.q) + packed_row(r) * a.width, a.width, false,
-                        buffer_.data(), query_.data() + r * stride_);
-    }
-
-    void put_row(int at, const uint8_t* row, const RowLayout& layout) {
-        decode_entry(row, layout, tile_.data() + at * stride_);
-    }
-
-    // Rows begin .. end - 1 of the tile, for one token of the block.
-    void add(int64_t token, int begin, int end) {
-        const E* q = query_.data() + token * block_.heads * stride_;
-        for (int64_t h = 0; h < block_.heads; h += kRows) {
-            int many = static_cast<int>(std::min<int64_t>(kRows, block_.heads - h));
-            const E* row[kRows];
-            for (int r = 0; r < many; r++) row[r] = q + (h + r) * stride_;
-            for (int n = begin / kCols * kCols; n < end; n += kCols) {
-                four sums[kRows];
-                dot_rows(many, row, tile_.data() + n * stride_, stride_, stride_, sums);
-                for (int r = 0; r < many; r++)
-                    std::memcpy(score_.data() + (h + r) * kTileRows + n, &sums[r], sizeof sums[r]);
-            }
+        a_ = &a, block_ = block, width_ = Tile<E>::padded(a.width), sorted_ = -1;
+        softmax_.shape(block.heads, a.width, a.scale);
+        query_.resize(block.queries() * width_);
+        for (int64_t r = 0; r < block.queries(); r++) {
+            const X* q = static_cast<const X*>(a.q) + block.packed(r, a.heads) * a.width;
+            E* to = query_.data() + r * width_;
+            int64_t k = 0;
+            for (; k + W <= a.width; k += W) copy_vector(q + k, to + k);
+            for (; k < a.width; k++) keep(to[k], number(q[k]));
+            for (; k < width_; k++) to[k] = E{};
         }
-        for (int64_t h = 0; h < block_.heads; h++) weigh(token, h, begin, end);
-        float* mixed = mixed_.data() + token * block_.heads * stride_;
-        for (int64_t h = 0; h < block_.heads; h += kRows) mix(mixed, h, begin, end);
     }
 
-    // With the sink in the denominator: results and log denominators.
-    void finish() {
-        for (int64_t r = 0; r < block_.tokens * block_.heads; r++) {
-            float above = a_->sink[block_.head + r % block_.heads] - top_[r];
-            float over = std::max(above, 0.0f);  // a sink far above every score must not overflow
-            float under = exp(all(-over))[0];
-            float total = total_[r] * under + exp(all(above - over))[0];
-            a_->log[packed_row(r)] = top_[r] + over + std::log(total);
-            X* out = static_cast<X*>(a_->out) + packed_row(r) * a_->width;
-            const float* mixed = mixed_.data() + r * stride_;
-            int64_t i = 0;
-            for (; i + W <= a_->width; i += W) store(out + i, load(mixed + i) * (under / total));
-            for (; i < a_->width; i++) put(out[i], mixed[i] * (under / total));
-        }
+    // Adds part `number` of tokens first .. last - 1 of the block to sums of those.
+    void part(int64_t number, int64_t first, int64_t last, Sums& sums) {
+        first_ = first, last_ = last, sums_ = &sums;
+        int64_t low = (number - 1) * kPartRows;
+        if (number == 0) window();
+        else if (!a_->chosen) visible(low);
+        else
+            for (int64_t t = first; t < last; t++) chosen(t, low);
     }
 
   private:
-    int64_t packed_row(int64_t r) const {
-        int64_t token = block_.sequence->first + block_.offset + r / block_.heads;
-        return token * a_->heads + block_.head + r % block_.heads;
+    void add(int64_t token, int64_t begin, int64_t end) {
+        if (begin >= end) return;
+        softmax_.add(query_.data() + token * block_.heads * width_, (token - first_) * block_.heads,
+                     static_cast<int>(begin), static_cast<int>(end), *sums_);
     }
 
-    // Scores of one head to weights; what it has mixed so far is to be multiplied by keep.
-    void weigh(int64_t token, int64_t h, int begin, int end) {
-        int64_t r = token * block_.heads + h;
-        float* score = score_.data() + h * kTileRows;
-        for (int n = 0; n < kTileRows; n++)
-            if (n < begin || n >= end) score[n] = -INFINITY;
-        vf most = all(top_[r]);
-        for (int n = 0; n < kTileRows; n += W) {
-            vf scaled = load(score + n) * a_->scale;
-            store(score + n, scaled);
-            most = max(most, scaled);
-        }
-        float top = largest(most);
-        vf total{};
-        for (int n = 0; n < kTileRows; n += W) {
-            vf weight = exp(load(score + n) - top);
-            store(score + n, weight);
-            total += weight;
-        }
-        keep_[h] = exp(all(top_[r] - top))[0];
-        total_[r] = total_[r] * keep_[h] + sum(total);
-        top_[r] = top;
-    }
-
-    void mix(float* mixed, int64_t h, int begin, int end) {
-        switch (std::min<int64_t>(kRows, block_.heads - h)) {
-            case 1: return mix_heads<1>(mixed, h, begin, end);
-            case 2: return mix_heads<2>(mixed, h, begin, end);
-            case 3: return mix_heads<3>(mixed, h, begin, end);
-            case 4: return mix_heads<4>(mixed, h, begin, end);
-            case 5: return mix_heads<5>(mixed, h, begin, end);
-            default: return mix_heads<kRows>(mixed, h, begin, end);
-        }
-    }
-
-    template <int R>
-    void mix_heads(float* mixed, int64_t h, int begin, int end) const {
-        constexpr int C = W == 16 ? 4 : 2;
-        int64_t k = 0;
-        for (; k + C * W <= stride_; k += C * W) mix_tile<R, C>(mixed, h, k, begin, end);
-        for (; k < stride_; k += W) mix_tile<R, 1>(mixed, h, k, begin, end);
-    }
-
-    template <int R, int C>
-    void mix_tile(float* mixed, int64_t h, int64_t k, int begin, int end) const {
-        vf sum[R][C];
-        for (int r = 0; r < R; r++)
-            for (int c = 0; c < C; c++)
-                sum[r][c] = load(mixed + (h + r) * stride_ + k + c * W) * keep_[h + r];
-        const E* row = tile_.data() + begin * stride_ + k;
-        const float* weight = score_.data() + h * kTileRows;
-        for (int n = begin; n < end; n++, row += stride_) {
-            vf value[C];
-            for (int c = 0; c < C; c++) value[c] = load(row + c * W);
-            for (int r = 0; r < R; r++) {
-                vf w = all(weight[r * kTileRows + n]);
-                for (int c = 0; c < C; c++) sum[r][c] = fma(w, value[c], sum[r][c]);
+    void window() {
+        const Attention& a = *a_;
+        const Stretch& s = *block_.sequence;
+        int64_t begin = block_.position() + first_, end = block_.position() + last_;
+        int64_t low = std::max<int64_t>(0, begin - a.window + 1);
+        for (int64_t tile = low / kTileRows * kTileRows; tile < end; tile += kTileRows) {
+            int64_t from = std::max(low, tile), past = std::min(end, tile + kTileRows);
+            for (int64_t p = from; p < past; p++) {
+                int64_t fresh = s.first + p - s.start;
+                int64_t old = s.slot * a.ring_rows + p % a.ring_rows;
+                softmax_.tile.put(static_cast<int>(p - tile),
+                                  p < s.start ? a.ring + old * a.layout.bytes
+                                              : a.fresh + fresh * a.layout.bytes,
+                                  a.layout);
+            }
+            softmax_.tile.ready(static_cast<int>(from - tile), static_cast<int>(past - tile));
+            for (int64_t t = first_; t < last_; t++) {
+                int64_t own = block_.position() + t;
+                add(t, std::max(tile, own - a.window + 1) - tile, std::min(past, own + 1) - tile);
             }
         }
-        for (int r = 0; r < R; r++)
-            for (int c = 0; c < C; c++) store(mixed + (h + r) * stride_ + k + c * W, sum[r][c]);
+    }
+
+    void visible(int64_t low) {
+        int64_t begin = block_.position();
+        int64_t count = std::min((begin + last_) / a_->ratio, low + kPartRows);
+        for (int64_t tile = low; tile < count; tile += kTileRows) {
+            int64_t past = std::min(count, tile + kTileRows);
+            rows_.clear();
+            for (int64_t n = tile; n < past; n++)
+                rows_.push_back(a_->entries.entry(block_.number, n));
+            fill(0, past - tile);
+            for (int64_t t = first_; t < last_; t++)
+                add(t, 0, std::min(past, (begin + t + 1) / a_->ratio) - tile);
+        }
+    }
+
+    void chosen(int64_t token, int64_t low) {
+        if (sorted_ != token) sort(token);
+        int64_t count = std::min(static_cast<int64_t>(rows_.size()), low + kPartRows);
+        for (int64_t tile = low; tile < count; tile += kTileRows) {
+            int64_t many = std::min<int64_t>(kTileRows, count - tile);
+            fill(tile, many);
+            add(token, 0, many);
+        }
+    }
+
+    // Addresses of what one token has chosen, in the order of the entries.
+    void sort(int64_t token) {
+        const int64_t* from = a_->chosen + (block_.sequence->first + block_.offset + token) * a_->k;
+        numbers_.clear();
+        std::copy_if(from, from + a_->k, std::back_inserter(numbers_),
+                     [](int64_t n) { return n >= 0; });
+        sort_numbers(numbers_);
+        rows_.clear();
+        for (int64_t n : numbers_) rows_.push_back(a_->entries.entry(block_.number, n));
+        sorted_ = token;
+    }
+
+    void fill(int64_t from, int64_t count) {
+        const int64_t all_rows = static_cast<int64_t>(rows_.size());
+        for (int64_t n = 0; n < count; n++) {
+            if (from + n + kAhead < all_rows)
+                for (int64_t i = 0; i < a_->layout.bytes; i += 64)
+                    __builtin_prefetch(rows_[from + n + kAhead] + i);
+            softmax_.tile.put(static_cast<int>(n), rows_[from + n], a_->entries.layout);
+        }
+        softmax_.tile.ready(0, static_cast<int>(count));
     }
 
     const Attention* a_ = nullptr;
     Block block_{};
-    int64_t stride_ = 0;
-    std::vector<E> query_, tile_;        // [tokens, heads, stride], [kTileRows, stride]
-    std::vector<float> mixed_;           // [tokens, heads, stride]
-    std::vector<float> top_, total_;     // [tokens, heads]
-    std::vector<float> score_, keep_;    // [heads, kTileRows], [heads]: of one token
-    std::vector<float> buffer_;
+    int64_t width_ = 0, sorted_ = -1;  // the token that rows_ belongs to
+    int64_t first_ = 0, last_ = 0;
+    Sums* sums_ = nullptr;
+    Softmax<E> softmax_;
+    Buffer<E> query_;  // [tokens, heads, width]
+    std::vector<int64_t> numbers_;
+    std::vector<const uint8_t*> rows_;
 };
 
-// -- Which rows a token sees
-
-template <class X, class E>
-static void attend_window(const Attention& a, const Block& block, Softmax<X, E>& softmax) {
-    const Stretch& s = *block.sequence;
-    int64_t begin = s.start + block.offset, end = begin + block.tokens;
-    int64_t low = std::max<int64_t>(0, begin - a.window + 1);
-    for (int64_t tile = low / kTileRows * kTileRows; tile < end; tile += kTileRows) {
-        int64_t past = std::min(end, tile + kTileRows);
-        for (int64_t p = std::max(low, tile); p < past; p++) {
-            int64_t fresh = s.first + p - s.start;
-            int64_t old = s.slot * a.ring_rows + p % a.ring_rows;
-            const uint8_t* row = p < s.start ? a.ring + old * a.layout.bytes
-                                             : a.fresh + fresh * a.layout.bytes;
-            softmax.put_row(static_cast<int>(p - tile), row, a.layout);
-        }
-        for (int64_t t = 0; t < block.tokens; t++) {
-            int64_t first = std::max(tile, begin + t - a.window + 1);
-            int64_t last = std::min(past, begin + t + 1);
-            if (first < last)
-                softmax.add(t, static_cast<int>(first - tile), static_cast<int>(last - tile));
-        }
+// Results and log denominators of queries begin .. end - 1, with the sink in the denominator.
+template <class X>
+void finish(
+    const Attention& a, const Block& block, const Sums& sums, int64_t width, int64_t begin,
+    int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+        const int64_t row = block.packed(r, a.heads);
+        float above = a.sink[block.head + r % block.heads] - sums.top[r];
+        float over = std::max(above, 0.0f);  // a sink far above every score must not overflow
+        float under = exp_below(all(-over))[0];
+        float total = sums.total[r] * under + exp_below(all(above - over))[0];
+        a.log[row] = sums.top[r] + over + std::log(total);
+        X* out = static_cast<X*>(a.out) + row * a.width;
+        const float* mixed = sums.mixed.data() + r * width;
+        const float share = under / total;
+        int64_t i = 0;
+        for (; i + W <= a.width; i += W) store(out + i, load(mixed + i) * share);
+        for (; i < a.width; i++) keep(out[i], mixed[i] * share);
     }
 }
 
+// -- A block by one thread, or by all of them.
+
 template <class X, class E>
-static void attend_visible(const Attention& a, const Block& block, Softmax<X, E>& softmax) {
-    int64_t begin = block.sequence->start + block.offset;
-    int64_t count = (begin + block.tokens) / a.ratio;
-    for (int64_t tile = 0; tile < count; tile += kTileRows) {
-        int64_t past = std::min(count, tile + kTileRows);
-        for (int64_t n = tile; n < past; n++)
-            softmax.put_row(static_cast<int>(n - tile), a.entries.entry(block.number, n),
-                            a.entries.layout);
-        for (int64_t t = 0; t < block.tokens; t++) {
-            int64_t last = std::min(past, (begin + t + 1) / a.ratio);
-            if (tile < last) softmax.add(t, 0, static_cast<int>(last - tile));
-        }
-    }
+Rows<X, E>& rows_of_this_thread() {
+    static thread_local Rows<X, E> mine;
+    return mine;
 }
 
 template <class X, class E>
-static void attend_chosen(const Attention& a, const Block& block, Softmax<X, E>& softmax) {
-    static thread_local std::vector<int64_t> numbers;
-    for (int64_t t = 0; t < block.tokens; t++) {
-        const int64_t* chosen = a.chosen + (block.sequence->first + block.offset + t) * a.k;
-        numbers.clear();
-        std::copy_if(chosen, chosen + a.k, std::back_inserter(numbers),
-                     [](int64_t n) { return n >= 0; });
-        std::sort(numbers.begin(), numbers.end());
-        int64_t count = static_cast<int64_t>(numbers.size());
-        for (int64_t tile = 0; tile < count; tile += kTileRows) {
-            int many = static_cast<int>(std::min<int64_t>(kTileRows, count - tile));
-            for (int n = 0; n < many; n++)
-                softmax.put_row(n, a.entries.entry(block.number, numbers[tile + n]),
-                                a.entries.layout);
-            softmax.add(t, 0, many);
+void attend_block(const Attention& a, const Block& block) {
+    static thread_local Sums of_this_thread[2];
+    Sums &sums = of_this_thread[0], &part = of_this_thread[1];
+    Rows<X, E>& rows = rows_of_this_thread<X, E>();
+    const int64_t width = Tile<E>::padded(a.width), parts = parts_of(a, block);
+    rows.start(a, block);
+    sums.start(block.queries(), width);
+    rows.part(0, 0, block.tokens, sums);
+    const int64_t together = a.chosen ? 1 : block.tokens;  // a token's choice is read once
+    for (int64_t t = 0; t < block.tokens; t += together)
+        for (int64_t number = 1; number < parts; number++) {
+            part.start(together * block.heads, width);
+            rows.part(number, t, t + together, part);
+            sums.join(part, 0, together * block.heads, t * block.heads, width);
         }
-    }
+    finish<X>(a, block, sums, width, 0, block.queries());
 }
 
 template <class X, class E>
-static void attend_block(const Attention& a, const Block& block) {
-    static thread_local Softmax<X, E> softmax;
-    softmax.start(a, block);
-    attend_window(a, block, softmax);
-    if (a.entries.rows && a.chosen) attend_chosen(a, block, softmax);
-    else if (a.entries.rows) attend_visible(a, block, softmax);
-    softmax.finish();
+void share_block(const Attention& a, const Block& block) {
+    static thread_local Sums of_the_caller;
+    static thread_local std::vector<Sums> kept;
+    Sums& sums = of_the_caller;
+    std::vector<Sums>& part = kept;
+    const int64_t width = Tile<E>::padded(a.width), parts = parts_of(a, block);
+    const int64_t wanted = (2 * a.threads + parts - 1) / parts;
+    const int64_t shares = std::max<int64_t>(1, std::min(wanted, block.heads / kLeastHeads));
+    const int64_t heads = (block.heads + shares - 1) / shares;
+    part.resize(std::min(parts, kWave) * shares);
+    sums.start(block.queries(), width);
+    for (int64_t low = 0; low < parts; low += kWave) {
+        const int64_t many = std::min(kWave, parts - low);
+        parallel(a.threads, many * shares, [&](int64_t i) {
+            Block own = block;
+            own.head += i % shares * heads;
+            own.heads = std::min(heads, block.heads - i % shares * heads);
+            part[i].start(own.queries(), width);
+            Rows<X, E>& rows = rows_of_this_thread<X, E>();
+            rows.start(a, own);
+            rows.part(low + i / shares, 0, block.tokens, part[i]);
+        });
+        parallel_ranges(a.threads, block.queries(), kJoinedQueries, [&](int64_t begin, int64_t end) {
+            for (int64_t r = begin; r < end; r++)
+                for (int64_t n = 0; n < many; n++) {
+                    int64_t share = r % block.heads / heads;
+                    int64_t own_heads = std::min(heads, block.heads - share * heads);
+                    int64_t own = r / block.heads * own_heads + r % block.heads % heads;
+                    sums.join(part[n * shares + share], own, own + 1, r, width);
+                }
+            if (low + many == parts) finish<X>(a, block, sums, width, begin, end);
+        });
+    }
 }
 
 // -- The op
 
-static std::vector<Block> blocks(const Attention& a) {
+std::vector<Block> blocks(const Attention& a) {
     int64_t tokens = kBlockValues / (a.heads * a.width);
     tokens = std::max<int64_t>(1, std::min(tokens, kMostTokens));
-    int64_t all_blocks = 0;
-    for (const Stretch& s : a.sequences) all_blocks += (s.count + tokens - 1) / tokens;
-    int64_t shares = 1;
-    if (all_blocks < a.threads)
-        shares = std::max<int64_t>(1, std::min<int64_t>(a.threads, a.heads / kLeastHeads));
-    int64_t heads = (a.heads + shares - 1) / shares;
     std::vector<Block> found;
     for (size_t b = 0; b < a.sequences.size(); b++) {
         const Stretch& s = a.sequences[b];
         for (int64_t at = 0; at < s.count; at += tokens)
-            for (int64_t h = 0; h < a.heads; h += heads)
-                found.push_back({&s, static_cast<int64_t>(b), at, std::min(tokens, s.count - at), h,
-                                 std::min(heads, a.heads - h)});
+            found.push_back(
+                {&s, static_cast<int64_t>(b), at, std::min(tokens, s.count - at), 0, a.heads});
     }
     return found;
 }
 
-void attend(const Attention& a) {
-    // A kv row is exact in bf16; a wide row is not.
-    typedef std::conditional_t<kPairs, bf16, float> Exact;
-    bool exact = a.layout.kind == RowKind::kv;
+template <class X, class E>
+void attend_all(const Attention& a) {
     std::vector<Block> found = blocks(a);
-    parallel(a.threads, static_cast<int64_t>(found.size()), [&](int64_t i) {
-        if (a.type == Float::f32) attend_block<float, float>(a, found[i]);
-        else if (exact) attend_block<bf16, Exact>(a, found[i]);
-        else attend_block<bf16, float>(a, found[i]);
-    });
+    const int64_t count = static_cast<int64_t>(found.size());
+    if (a.threads > 1 && count < a.threads)
+        for (const Block& block : found) share_block<X, E>(a, block);
+    else
+        parallel(a.threads, count, [&](int64_t i) { attend_block<X, E>(a, found[i]); });
+}
+
+}  // namespace
+
+void attend(const Attention& a) {
+    if (a.type == Float::f32) attend_all<float, float>(a);
+    else if (a.layout.kind == RowKind::kv) attend_all<bf16, Exact>(a);
+    else attend_all<bf16, float>(a);
 }
 
 }  // namespace overleap::OVERLEAP_ISA

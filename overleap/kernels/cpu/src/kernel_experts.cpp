@@ -1,17 +1,14 @@
 // The chosen experts of every token: only their bytes are read, rows are gathered by expert.
-// A token's sum runs over its experts in order of their numbers, whatever else is in the call.
-#include <memory>
-#include <vector>
+// A token's sum runs over its experts in order of their numbers, the shared ones last, whatever else is
+// in the call.
+#include <algorithm>
 
-#include "dot.h"
-#include "linear.h"
-#include "threads.h"
+#include "inputs.h"
 
 namespace overleap::OVERLEAP_ISA {
 namespace {
 
-constexpr int64_t kPanelBytes = 96 * 1024;  // two panels at a time: gate and up
-constexpr int64_t kFewBytes = 12 * 1024;
+constexpr int64_t kTaskRows = 64;  // of weights, that few rows of activations make worth a task
 
 // One chosen pair (token, expert), in order of experts, tokens ascending within.
 struct Row {
@@ -21,24 +18,24 @@ struct Row {
 
 // Rows of one expert that has any.
 struct Group {
-    int64_t expert, first, count;
+    const ExpertBytes* bytes;
+    const Expertise* expertise;
+    int64_t first, count;
 };
 
 struct Plan {
     std::vector<Row> rows;
     std::vector<Group> groups;
-    int64_t longest = 0;
 };
 
 Plan plan(const Mixture& m) {
     Plan made;
-    std::vector<int64_t> start(static_cast<size_t>(m.experts) + 1, 0);
-    int64_t pairs = m.tokens * m.chosen;
+    std::vector<int64_t> start(static_cast<size_t>(m.routed.count) + 1, 0);
+    const int64_t pairs = m.tokens * m.chosen;
     for (int64_t i = 0; i < pairs; i++) start[static_cast<size_t>(m.ids[i]) + 1]++;
-    for (int64_t e = 0; e < m.experts; e++) {
+    for (int64_t e = 0; e < m.routed.count; e++) {
         int64_t count = start[static_cast<size_t>(e) + 1], first = start[static_cast<size_t>(e)];
-        if (count) made.groups.push_back({e, first, count});
-        made.longest = count > made.longest ? count : made.longest;
+        if (count) made.groups.push_back({m.routed.table + e, &m.routed, first, count});
         start[static_cast<size_t>(e) + 1] = first + count;
     }
     made.rows.resize(static_cast<size_t>(pairs));
@@ -46,170 +43,139 @@ Plan plan(const Mixture& m) {
         int64_t at = start[static_cast<size_t>(m.ids[i])]++;
         made.rows[static_cast<size_t>(at)] = {i / m.chosen, m.weight[i]};
     }
+    for (int64_t e = 0; e < m.shared.count && m.tokens; e++) {
+        int64_t first = static_cast<int64_t>(made.rows.size());
+        made.groups.push_back({m.shared.table + e, &m.shared, first, m.tokens});
+        for (int64_t t = 0; t < m.tokens; t++) made.rows.push_back({t, 1.0f});
+    }
     return made;
 }
 
-Stored stored(const Mixture& m, uint64_t data, uint64_t scale, int64_t rows, int64_t columns) {
-    return {reinterpret_cast<const void*>(data), reinterpret_cast<const uint8_t*>(scale), m.form,
+Stored stored(uint64_t data, uint64_t scale, Form form, int64_t rows, int64_t columns) {
+    return {reinterpret_cast<const void*>(data), reinterpret_cast<const uint8_t*>(scale), form,
             rows, columns};
 }
 
-int64_t panel_rows(int64_t bytes_a_row, int64_t longest, int64_t rows, int64_t pieces) {
-    int64_t fit = (longest <= kRows ? kFewBytes : kPanelBytes) / bytes_a_row / kCols * kCols;
-    int64_t even = (rows / pieces + kCols - 1) / kCols * kCols;
-    int64_t panel = fit < even ? fit : even;
-    return panel < kCols ? kCols : panel;
-}
-
-// silu(min(gate, limit)) * clamp(up, +-limit) * weight, each output on its own.
-four gated(four gate, four up, float limit, float weight) {
-    float g[W] = {}, u[W] = {};
-    std::memcpy(g, &gate, sizeof gate);
-    std::memcpy(u, &up, sizeof up);
-    vf a = min(load(g), all(limit)), b = max(min(load(u), all(limit)), all(-limit));
-    store(g, a * sigmoid(a) * b * weight);
-    std::memcpy(&gate, g, sizeof gate);
-    return gate;
+// silu(min(gate, limit)) * clamp(up, +-limit) * weight
+vf gated(vf gate, vf up, float limit, float weight) {
+    vf a = min(gate, all(limit)), b = max(min(up, all(limit)), all(-limit));
+    return a * sigmoid(a) * b * weight;
 }
 
 template <class E>
-struct Run {
-    const Mixture& m;
-    Plan made;
-    const E* x;
-    int64_t stride, inner_stride;
-    std::unique_ptr<float[]> wide;  // hidden values before they are rounded, [rows, inner]
-    std::unique_ptr<E[]> hidden;    // [rows, padded inner]
-
-    // A panel of gate and up for all rows of an expert.
-    void up(const Group& g, int64_t first, int64_t count, int64_t panel) {
-        const ExpertBytes& bytes = m.table[g.expert];
-        E* room = scratch<E>(static_cast<size_t>(2 * (panel + kCols) * stride));
-        Stored w1 = stored(m, bytes.w1, bytes.w1_scale, m.inner, m.width);
-        Stored w3 = stored(m, bytes.w3, bytes.w3_scale, m.inner, m.width);
-        const E* gates = decode_panel(w1, first, count, room);
-        const E* ups = decode_panel(w3, first, count, room + (panel + kCols) * stride);
-        for (int64_t i = 0; i < g.count; i += kRows) {
-            int rows = static_cast<int>(g.count - i < kRows ? g.count - i : kRows);
-            const Row* row = made.rows.data() + g.first + i;
-            const E* xs[kRows];
-            for (int r = 0; r < rows; r++) xs[r] = x + row[r].token * stride;
-            for (int64_t n = 0; n < count; n += kCols) {
-                four gate[kRows], lift[kRows];
-                dot_rows(rows, xs, gates + n * stride, stride, stride, gate);
-                dot_rows(rows, xs, ups + n * stride, stride, stride, lift);
-                size_t columns = static_cast<size_t>(count - n < kCols ? count - n : kCols);
-                for (int r = 0; r < rows; r++) {
-                    four value = gated(gate[r], lift[r], m.limit, row[r].weight);
-                    float* to = wide.get() + (g.first + i + r) * m.inner + first + n;
-                    std::memcpy(to, &value, 4 * columns);
-                }
-            }
+class Run {
+  public:
+    explicit Run(const Mixture& m)
+        : m_(m), plan_(plan(m)), x_({m.x, m.type, m.tokens, m.width, nullptr, m.type, 0}, wants(false),
+                                    wants(true), m.threads) {
+        for (const Group& g : plan_.groups) {
+            inner_ = std::max(inner_, g.expertise->inner);
+            longest_ = std::max(longest_, g.count);
         }
+        stride_ = whole_columns(inner_);
+        const int64_t rows = static_cast<int64_t>(plan_.rows.size());
+        wide_.resize(rows * stride_);
+        hidden_.resize(rows * stride_);
+    }
+
+    void run() {
+        const int64_t rows = static_cast<int64_t>(plan_.rows.size());
+        // One panel a task where it meets many rows; of few rows, a task has several.
+        const int64_t fit = longest_ > kTall ? 1 : std::max<int64_t>(1, kTaskRows / W);
+        const int64_t tall = (inner_ + W - 1) / W, broad = (m_.width + W - 1) / W;
+        const int64_t groups = static_cast<int64_t>(plan_.groups.size());
+        parallel_ranges(m_.threads, groups * tall, fit, [&](int64_t a, int64_t b) {
+            for (int64_t i = a; i < b; i++) up(plan_.groups[static_cast<size_t>(i / tall)], i % tall * W);
+        });
+        parallel_ranges(m_.threads, rows, 1 + 8192 / (inner_ + 1), [&](int64_t a, int64_t b) {
+            for (const Group& g : plan_.groups)
+                for (int64_t i = std::max(a, g.first); i < std::min(b, g.first + g.count); i++)
+                    round(i, *g.expertise);
+        });
+        parallel(m_.threads, broad, [&](int64_t i) { down(i * W); });
+    }
+
+  private:
+    bool wants(bool rounded) const {
+        return m_.routed.round_input == rounded || (m_.shared.count && m_.shared.round_input == rounded);
+    }
+
+    // W inner values of all rows of an expert, from `first` on.
+    void up(const Group& g, int64_t first) {
+        const int64_t inner = g.expertise->inner, left = inner - first;
+        if (left <= 0) return;
+        const int count = static_cast<int>(std::min<int64_t>(left, W));
+        const Form form = g.expertise->form;
+        float* gates = room<float, 2>(g.count * W) - g.first * W;
+        auto x = [&](int64_t i) {
+            return x_.row(plan_.rows[static_cast<size_t>(i)].token, g.expertise->round_input);
+        };
+        meet<E>(stored(g.bytes->w1, g.bytes->w1_scale, form, inner, m_.width), first, count, g.first,
+                g.first + g.count, x, [&](int64_t i, vf gate) { store(gates + i * W, gate); });
+        meet<E>(stored(g.bytes->w3, g.bytes->w3_scale, form, inner, m_.width), first, count, g.first,
+                g.first + g.count, x, [&](int64_t i, vf up) {
+                    const float weight = plan_.rows[static_cast<size_t>(i)].weight;
+                    vf value = gated(load(gates + i * W), up, m_.limit, weight);
+                    float* to = wide_.data() + i * stride_ + first;
+                    if (count == W) store(to, value);
+                    else store_part(to, value, count);
+                });
     }
 
     // Hidden values in the type of the activations, then rounded as inputs are.
-    void round(int64_t row) {
-        float* buffer = scratch<float>(static_cast<size_t>(m.inner + W));
-        float* value = wide.get() + row * m.inner;
-        if (m.type == Float::bf16)
-            for (int64_t i = 0; i < m.inner; i++) value[i] = overleap::OVERLEAP_ISA::wide(narrow(value[i]));
-        prepare_row(value, m.inner, m.round_input, buffer, hidden.get() + row * inner_stride);
+    void round(int64_t i, const Expertise& of) {
+        float* value = wide_.data() + i * stride_;
+        E* to = hidden_.data() + i * stride_;
+        if (m_.type == Float::bf16)
+            vectors(of.inner, [&](int64_t j, auto lanes) {
+                bf16 few[W];
+                lanes.write(few, lanes.read(value + j));
+                lanes.write(value + j, lanes.read(few));
+            });
+        Given given{value, Float::f32, 1, of.inner, nullptr, Float::f32, 0};
+        prepare_given(given, value, of.round_input ? nullptr : to, of.round_input ? to : nullptr);
     }
 
-    // A panel of the outputs of all tokens: experts in turn onto the running sums.
-    void down(int64_t first, int64_t count, int64_t panel) {
-        float* sums = scratch<float>(static_cast<size_t>(m.tokens * panel));
-        std::memset(sums, 0, 4 * static_cast<size_t>(m.tokens * panel));
-        thread_local std::vector<E> room;
-        if (room.size() < static_cast<size_t>((panel + kCols) * inner_stride))
-            room.resize(static_cast<size_t>((panel + kCols) * inner_stride));
-        for (const Group& g : made.groups) {
-            const ExpertBytes& bytes = m.table[g.expert];
-            Stored w2 = stored(m, bytes.w2, bytes.w2_scale, m.width, m.inner);
-            const E* weights = decode_panel(w2, first, count, room.data());
-            for (int64_t i = 0; i < g.count; i += kRows) {
-                int rows = static_cast<int>(g.count - i < kRows ? g.count - i : kRows);
-                const Row* row = made.rows.data() + g.first + i;
-                const E* xs[kRows];
-                for (int r = 0; r < rows; r++)
-                    xs[r] = hidden.get() + (g.first + i + r) * inner_stride;
-                for (int64_t n = 0; n < count; n += kCols) {
-                    four part[kRows];
-                    dot_rows(rows, xs, weights + n * inner_stride, inner_stride, inner_stride,
-                             part);
-                    for (int r = 0; r < rows; r++) {
-                        float* to = sums + row[r].token * panel + n;
-                        for (int j = 0; j < kCols; j++) to[j] += part[r][j];
-                    }
-                }
-            }
+    // W outputs of all tokens: experts in turn onto the running sums.
+    void down(int64_t first) {
+        const int count = static_cast<int>(std::min<int64_t>(m_.width - first, W));
+        float* sums = room<float, 3>(m_.tokens * W);
+        std::memset(sums, 0, 4 * static_cast<size_t>(m_.tokens * W));
+        for (const Group& g : plan_.groups) {
+            const Expertise& of = *g.expertise;
+            meet<E>(stored(g.bytes->w2, g.bytes->w2_scale, of.form, m_.width, of.inner), first, count,
+                    g.first, g.first + g.count,
+                    [&](int64_t i) { return hidden_.data() + i * stride_; },
+                    [&](int64_t i, vf part) {
+                        float* to = sums + plan_.rows[static_cast<size_t>(i)].token * W;
+                        store(to, load(to) + part);
+                    });
         }
-        for (int64_t t = 0; t < m.tokens; t++)
-            for (int64_t n = 0; n < count; n++) {
-                int64_t at = t * m.width + first + n;
-                if (m.type == Float::bf16) static_cast<bf16*>(m.out)[at] = narrow(sums[t * panel + n]);
-                else static_cast<float*>(m.out)[at] = sums[t * panel + n];
-            }
-    }
-};
-
-template <class E>
-void mixture_as(const Mixture& m) {
-    int64_t stride = padded<E>(m.width), inner_stride = padded<E>(m.inner);
-    bool same = m.type == (sizeof(E) == 2 ? Float::bf16 : Float::f32);
-    std::unique_ptr<E[]> prepared;
-    const E* x = static_cast<const E*>(m.x);
-    if (!same || stride != m.width || m.round_input) {
-        prepared.reset(new E[static_cast<size_t>(m.tokens * stride)]);
-        x = prepared.get();
-        parallel_ranges(m.threads, m.tokens, 1 + 16384 / (m.width + 1), [&](int64_t a, int64_t b) {
-            float* row = scratch<float>(static_cast<size_t>(m.width + W));
-            for (int64_t i = a; i < b; i++) {
-                E* to = prepared.get() + i * stride;
-                if (m.type == Float::bf16)
-                    prepare_row(static_cast<const bf16*>(m.x) + i * m.width, m.width,
-                                m.round_input, row, to);
-                else
-                    prepare_row(static_cast<const float*>(m.x) + i * m.width, m.width,
-                                m.round_input, row, to);
-            }
+        typed(m_.type, [&](auto e) {
+            auto* out = static_cast<decltype(e)*>(m_.out) + first;
+            for (int64_t t = 0; t < m_.tokens; t++)
+                if (count == W) store(out + t * m_.width, load(sums + t * W));
+                else store_part(out + t * m_.width, load(sums + t * W), count);
         });
     }
-    Run<E> run{m, plan(m), x, stride, inner_stride, nullptr, nullptr};
-    const Plan& made = run.made;
-    size_t rows = made.rows.size();
-    run.wide.reset(new float[rows * static_cast<size_t>(m.inner)]);
-    run.hidden.reset(new E[rows * static_cast<size_t>(inner_stride)]);
-    int64_t groups = static_cast<int64_t>(made.groups.size());
-    int64_t size = static_cast<int64_t>(sizeof(E)), pieces = 2 * m.threads;
 
-    int64_t panel = panel_rows(stride * size, made.longest, m.inner, (pieces + groups) / (groups + 1) + 1);
-    int64_t panels = (m.inner + panel - 1) / panel;
-    parallel(m.threads, groups * panels, [&](int64_t task) {
-        int64_t first = task % panels * panel;
-        int64_t count = m.inner - first < panel ? m.inner - first : panel;
-        run.up(made.groups[static_cast<size_t>(task / panels)], first, count, panel);
-    });
-    parallel_ranges(m.threads, static_cast<int64_t>(rows), 1 + 8192 / (m.inner + 1),
-                    [&](int64_t a, int64_t b) { for (int64_t i = a; i < b; i++) run.round(i); });
-    panel = panel_rows(inner_stride * size, made.longest, m.width, pieces);
-    panels = (m.width + panel - 1) / panel;
-    parallel(m.threads, panels, [&](int64_t task) {
-        int64_t first = task * panel;
-        int64_t count = m.width - first < panel ? m.width - first : panel;
-        run.down(first, count, panel);
-    });
-}
+    const Mixture& m_;
+    Plan plan_;
+    Inputs<E> x_;
+    int64_t inner_ = 0, longest_ = 0, stride_ = 0;
+    RawBuffer<float> wide_;  // hidden values before they are rounded, [rows, stride]
+    RawBuffer<E> hidden_;    // [rows, stride]
+};
 
 }  // namespace
 
 void mixture(const Mixture& m) {
-    bool narrow_enough = m.type == Float::bf16 || (m.round_input && m.form >= Form::fp8);
+    bool narrow = narrow_enough(m.type, m.routed.round_input, m.routed.form) &&
+                  (!m.shared.count || narrow_enough(m.type, m.shared.round_input, m.shared.form));
     if constexpr (kPairs) {
-        if (narrow_enough) return mixture_as<bf16>(m);
+        if (narrow) return Run<bf16>(m).run();
     }
-    mixture_as<float>(m);
+    Run<float>(m).run();
 }
 
 }  // namespace overleap::OVERLEAP_ISA

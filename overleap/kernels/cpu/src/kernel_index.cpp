@@ -186,7 +186,7 @@ static void search(const Choice& c, const Piece& piece) {
     for (int t = 0; t < piece.tokens; t++) my.best[t].start(c.k, piece.end - piece.begin);
     for (int64_t low = piece.begin; low < piece.end; low += kTileKeys) {
         int count = static_cast<int>(std::min<int64_t>(kTileKeys, piece.end - low));
-        my.tile.fill(c.keys, piece.sequence, low, count);
+        my.tile.fill(c.keys, piece.sequence, low, count, piece.end);
         for (int t = 0; t < piece.tokens; t++) {
             int64_t visible = (piece.position + t + 1) / c.ratio - low;
             int seen = static_cast<int>(std::min<int64_t>(count, visible));
@@ -230,20 +230,15 @@ static void choose_in_parts(const Choice& c, const std::vector<Piece>& whole) {
     std::vector<std::vector<uint64_t>> kept(parts.size() * kBlockTokens);
     parallel(c.threads, static_cast<int64_t>(parts.size()), [&](int64_t i) {
         search(c, parts[i]);
-        for (int t = 0; t < parts[i].tokens; t++) {
-            int64_t count;
-            const auto& ranks = room().best[t].shrunk(count);
-            kept[i * kBlockTokens + t].assign(ranks.begin(), ranks.begin() + count);
-        }
+        for (int t = 0; t < parts[i].tokens; t++)
+            room().best[t].take(kept[i * kBlockTokens + t]);
     });
     for (size_t w = 0; w < whole.size(); w++)
         for (int t = 0; t < whole[w].tokens; t++) {
             Best& best = room().best[0];
             best.start(c.k, whole[w].end);
-            for (size_t i = w ? ends[w - 1] : 0; i < ends[w]; i++) {
-                const auto& ranks = kept[i * kBlockTokens + t];
-                best.join(ranks.data(), static_cast<int64_t>(ranks.size()));
-            }
+            for (size_t i = w ? ends[w - 1] : 0; i < ends[w]; i++)
+                best.join(kept[i * kBlockTokens + t]);
             best.write(c.out + (whole[w].first + t) * c.k);
         }
 }

@@ -1,97 +1,107 @@
-// matmul and grouped_matmul over plain and packed weights, one row to thousands.
-// Weights are decoded a panel at a time into a buffer that fits the cache, never as a whole.
-#include <memory>
+// matmul, project and grouped_matmul over plain and packed weights, one row to thousands. Weights are
+// decoded W rows at a time into a panel that fits a core's cache, never as a whole.
+#include <algorithm>
 
-#include "dot.h"
-#include "linear.h"
-#include "threads.h"
+#include "inputs.h"
 
 namespace overleap::OVERLEAP_ISA {
 namespace {
 
-constexpr int64_t kPanelBytes = 192 * 1024;  // of a core's second-level cache, many rows
-constexpr int64_t kFewBytes = 16 * 1024;     // of its first, few rows: decoded and used at once
-constexpr int64_t kBlock = 192;              // activation rows of a task, where panels are few
+constexpr int64_t kBlock = 192;  // activation rows of a task, where there are few panels
+constexpr int64_t kTaskElements = 1 << 14;  // of weights, that are worth a task of their own
 
-// Activations as elements [tokens * groups, padded columns]: the given ones where they serve.
-template <class E>
-const E* prepare(const Product& p, std::unique_ptr<E[]>& buffer) {
-    int64_t columns = p.weight.columns, stride = padded<E>(columns), rows = p.tokens * p.groups;
-    bool same = p.x_type == (sizeof(E) == 2 ? Float::bf16 : Float::f32);
-    if (same && stride == columns && !p.round_input) return static_cast<const E*>(p.x);
-    buffer.reset(new E[static_cast<size_t>(rows * stride)]);
-    int64_t grain = 1 + 16384 / (columns + 1);
-    parallel_ranges(p.threads, rows, grain, [&](int64_t begin, int64_t end) {
-        float* row = scratch<float>(static_cast<size_t>(columns + W));
-        for (int64_t i = begin; i < end; i++) {
-            E* out = buffer.get() + i * stride;
-            if (p.x_type == Float::bf16)
-                prepare_row(static_cast<const bf16*>(p.x) + i * columns, columns, p.round_input,
-                            row, out);
-            else
-                prepare_row(static_cast<const float*>(p.x) + i * columns, columns, p.round_input,
-                            row, out);
-        }
+// W outputs of a row, or as many as there are.
+void put_outputs(void* out, Float type, int64_t at, vf sums, int count) {
+    typed(type, [&](auto e) {
+        auto* to = static_cast<decltype(e)*>(out) + at;
+        if (count == W) store(to, sums);
+        else store_part(to, sums, count);
     });
-    return buffer.get();
 }
 
-void put_four(void* out, Float type, int64_t at, four sums, int64_t count) {
-    if (type == Float::bf16) {
-        bf16 rounded[kCols];
-        narrow4(rounded, sums);
-        std::memcpy(static_cast<bf16*>(out) + at, rounded, 2 * static_cast<size_t>(count));
-    } else {
-        std::memcpy(static_cast<float*>(out) + at, &sums, 4 * static_cast<size_t>(count));
+// A weight's panels, in the order of its rows: those of a group follow one another.
+struct Work {
+    const Linear* linear;
+    int64_t rows, panels;  // of a group; of all groups
+};
+
+template <class E>
+class Run {
+  public:
+    Run(const Product& p, const std::vector<const Linear*>& linears)
+        : p_(p), x_(given(p), any(linears, false), any(linears, true), p.threads) {
+        for (const Linear* linear : linears) {
+            int64_t rows = linear->weight.rows / p.groups;
+            work_.push_back({linear, rows, p.groups * ((rows + W - 1) / W)});
+            panels_ += work_.back().panels;
+        }
     }
-}
 
-template <class E>
-void product_as(const Product& p) {
-    std::unique_ptr<E[]> buffer;
-    const E* x = prepare(p, buffer);
-    const Stored& w = p.weight;
-    int64_t stride = padded<E>(w.columns), per_group = w.rows / p.groups;
-    int64_t bytes = p.tokens <= kRows ? kFewBytes : kPanelBytes;
-    int64_t fit = bytes / (stride * static_cast<int64_t>(sizeof(E)) + 1) / kCols * kCols;
-    int64_t panel = fit < kCols ? kCols : fit;
-    int64_t even = (per_group / (2 * p.threads) + kCols - 1) / kCols * kCols;
-    if (even >= kCols && even < panel) panel = even;
-    int64_t panels = (per_group + panel - 1) / panel;
-    int64_t blocks = 1;
-    if (panels * p.groups < 2 * p.threads) blocks = (p.tokens + kBlock - 1) / kBlock;
-    parallel(p.threads, p.groups * panels * blocks, [&](int64_t task) {
-        int64_t block = task % blocks, at = task / blocks % panels, group = task / blocks / panels;
-        int64_t row = group * per_group + at * panel;
-        int64_t count = per_group - at * panel < panel ? per_group - at * panel : panel;
-        E* room = scratch<E>(static_cast<size_t>((panel + kCols) * stride));
-        const E* weights = decode_panel(w, row, count, room);
-        int64_t first = block * ((p.tokens + blocks - 1) / blocks);
-        int64_t last = (block + 1) * ((p.tokens + blocks - 1) / blocks);
-        if (last > p.tokens) last = p.tokens;
-        for (int64_t t = first; t < last; t += kRows) {
-            int rows = static_cast<int>(last - t < kRows ? last - t : kRows);
-            const E* xs[kRows];
-            for (int r = 0; r < rows; r++) xs[r] = x + ((t + r) * p.groups + group) * stride;
-            for (int64_t n = 0; n < count; n += kCols) {
-                four sums[kRows];
-                dot_rows(rows, xs, weights + n * stride, stride, stride, sums);
-                int64_t columns = count - n < kCols ? count - n : kCols;
-                for (int r = 0; r < rows; r++)
-                    put_four(p.out, p.out_type, (t + r) * w.rows + row + n, sums[r], columns);
-            }
-        }
-    });
-}
+    void run() {
+        const int64_t enough = 2 * p_.threads;
+        int64_t blocks = 1;
+        if (panels_ < enough) blocks = (p_.tokens + kBlock - 1) / kBlock;
+        const int64_t size = (p_.tokens + blocks - 1) / blocks;
+        // One panel a task where it meets many rows; of few rows, a task has several.
+        const int64_t fit = kTaskElements / (W * x_.stride() * ((p_.tokens + kTall - 1) / kTall)) + 1;
+        const int64_t even = (panels_ + 4 * p_.threads - 1) / (4 * p_.threads);
+        const int64_t grain = std::max<int64_t>(1, std::min(fit, even));
+        const int64_t tasks = (panels_ + grain - 1) / grain * blocks;
+        parallel(p_.threads, tasks, [&](int64_t task) {
+            const int64_t from = task % blocks * size;
+            const int64_t to = from + size < p_.tokens ? from + size : p_.tokens;
+            const int64_t first = task / blocks * grain;
+            const int64_t last = first + grain < panels_ ? first + grain : panels_;
+            for (int64_t panel = first; panel < last; panel++) one(panel, from, to);
+        });
+    }
+
+  private:
+    static Given given(const Product& p) {
+        return {p.x, p.x_type, p.tokens * p.groups, p.columns, p.norm, p.norm_type, p.eps};
+    }
+
+    static bool any(const std::vector<const Linear*>& linears, bool rounded) {
+        for (const Linear* linear : linears)
+            if (linear->round_input == rounded) return true;
+        return false;
+    }
+
+    // One panel against activation rows [from, to).
+    void one(int64_t panel, int64_t from, int64_t to) const {
+        const Work* work = work_.data();
+        while (panel >= work->panels) panel -= work++->panels;
+        const Linear& linear = *work->linear;
+        const int64_t of_group = (work->rows + W - 1) / W, group = panel / of_group;
+        const int64_t within = panel % of_group * W, row = group * work->rows + within;
+        const int count = static_cast<int>(work->rows - within < W ? work->rows - within : W);
+        meet<E>(
+            linear.weight, row, count, from, to,
+            [&](int64_t t) { return x_.row(t * p_.groups + group, linear.round_input); },
+            [&](int64_t t, vf sums) {
+                put_outputs(linear.out, linear.out_type, t * linear.out_stride + row, sums, count);
+            });
+    }
+
+    const Product& p_;
+    Inputs<E> x_;
+    std::vector<Work> work_;
+    int64_t panels_ = 0;
+};
 
 }  // namespace
 
 void product(const Product& p) {
-    bool narrow_enough = p.x_type == Float::bf16 || (p.round_input && p.weight.form >= Form::fp8);
-    if constexpr (kPairs) {
-        if (narrow_enough) return product_as<bf16>(p);
+    if (!p.tokens) return;
+    std::vector<const Linear*> narrow, wide;
+    for (const Linear& linear : p.linears) {
+        bool is = narrow_enough(p.x_type, linear.round_input, linear.weight.form);
+        (is ? narrow : wide).push_back(&linear);
     }
-    product_as<float>(p);
+    if constexpr (kPairs) {
+        if (!narrow.empty()) Run<bf16>(p, narrow).run();
+    }
+    if (!wide.empty()) Run<float>(p, wide).run();
 }
 
 }  // namespace overleap::OVERLEAP_ISA

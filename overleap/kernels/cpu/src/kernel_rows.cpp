@@ -1,5 +1,6 @@
 // Norms, rotation and the Hadamard transform of rows. Sums run over a row in an order that its
 // width alone decides. Read next: kernels/torch/linear.py (the definition), kernel_quantize.cpp.
+#include "rms.h"
 #include "rows.h"
 #include "threads.h"
 #include "typed.h"
@@ -40,23 +41,6 @@ void set(Angles& a, const Turn& t, int64_t position) {
         a.cos[2 * i] = a.cos[2 * i + 1] = cosine[i];
         a.sin[2 * i] = -sin, a.sin[2 * i + 1] = sin;
     }
-}
-
-template <class E>
-float inverse_rms(const E* x, int64_t n, float eps) {
-    vf sums[4] = {};
-    int64_t i = 0;
-    for (; i + 4 * W <= n; i += 4 * W)
-        for (int j = 0; j < 4; j++) {
-            vf v = load(x + i + j * W);
-            sums[j] = fma(v, v, sums[j]);
-        }
-    vectors(n - i, [&](int64_t j, auto lanes) {
-        vf v = lanes.read(x + i + j);
-        sums[0] = fma(v, v, sums[0]);
-    });
-    float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    return 1.0f / std::sqrt(total / static_cast<float>(n) + eps);
 }
 
 // value(v, i, lanes), made for each row from its address, is what is rotated and stored.

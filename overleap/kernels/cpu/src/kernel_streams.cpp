@@ -9,7 +9,7 @@ namespace overleap::OVERLEAP_ISA {
 namespace {
 
 constexpr int kTokens = 16;   // a block of tokens shares one reading of fn
-constexpr int kDepth = 1024;  // columns of a pass: 96 KiB of fn, 64 KiB of x
+constexpr int kDepth = 512;   // columns of a pass: 12 KiB of a tile's fn, 8 KiB of its x
 constexpr int kSlice = 6;     // rows of fn that one thread takes of a lone block
 constexpr int kMostRows = (2 + kMostStreams) * kMostStreams;
 constexpr int kTall = 4, kBroad = W == 16 ? 6 : 2;  // the sums of a tile fit the registers
@@ -46,47 +46,73 @@ void tile(const float* x, const float* fn, int64_t stride, int64_t n, vf* sum) {
         for (int r = 0; r < Broad; r++) sum[t * kMostRows + r] = kept[t][r];
 }
 
-template <int Tall, int Broad>
-void strip(const float* x, const float* fn, int64_t stride, int64_t n, int rows, vf* sum) {
+// Rows [0, rows) of fn against all tokens of a block, a few rows at a time: those stay close by.
+template <int Broad>
+void slices(const float* x, const float* fn, int64_t stride, int64_t n, int tokens, int rows,
+            vf* sum) {
     int r = 0;
-    for (; r + Broad <= rows; r += Broad)
-        tile<Tall, Broad>(x, fn + r * stride, stride, n, sum + r);
-    for (; r < rows; r++) tile<Tall, 1>(x, fn + r * stride, stride, n, sum + r);
+    for (; r + Broad <= rows; r += Broad) {
+        int t = 0;
+        for (; t + kTall <= tokens; t += kTall)
+            tile<kTall, Broad>(x + t * kDepth, fn + r * stride, stride, n, sum + t * kMostRows + r);
+        for (; t < tokens; t++)
+            tile<1, Broad>(x + t * kDepth, fn + r * stride, stride, n, sum + t * kMostRows + r);
+    }
+    if constexpr (Broad > 1)
+        slices<1>(x, fn + r * stride, stride, n, tokens, rows - r, sum + r);
+}
+
+// Columns of a token as floats, and their squares added up. `next` will be read soon.
+template <class E>
+void widen_row(const E* x, int64_t n, const E* next, float* out, vf& square) {
+    vf sums[4] = {square};
+    int64_t i = 0;
+    for (; i + 4 * W <= n; i += 4 * W) {
+        for (int64_t line = 0; line < 4 * W; line += 64 / static_cast<int64_t>(sizeof(E)))
+            __builtin_prefetch(next + i + line);
+        for (int j = 0; j < 4; j++) {
+            vf v = load(x + i + j * W);
+            store(out + i + j * W, v);
+            sums[j] = fma(v, v, sums[j]);
+        }
+    }
+    vectors(n - i, [&](int64_t j, auto lanes) {
+        vf v = lanes.read(x + i + j);
+        store(out + i + j, v);
+        sums[0] = fma(v, v, sums[0]);
+    });
+    square = (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 // Sums of a block with rows [first, last) of fn; row 0 brings the squares.
 template <class E>
 void project(const Collapse& c, int64_t token, int tokens, int first, int last, Sums& sums) {
-    alignas(64) thread_local float wide[kTokens * kDepth];
+    alignas(64) thread_local float of_this_thread[kTokens * kDepth];
+    float* wide = of_this_thread;
     const int64_t columns = c.streams * c.width;
     const E* x = static_cast<const E*>(c.x) + token * columns;
-    for (int t = 0; t < tokens; t++) {
-        if (!first) sums.square[t] = vf{};
+    vf square[kTokens] = {};
+    for (int t = 0; t < tokens; t++)
         for (int r = first; r < last; r++) sums.product[t * kMostRows + r] = vf{};
-    }
     for (int64_t from = 0; from < columns; from += kDepth) {
         const int64_t n = columns - from < kDepth ? columns - from : kDepth;
-        for (int t = 0; t < tokens; t++)
-            vectors(n, [&](int64_t i, auto lanes) {
-                vf v = lanes.read(x + t * columns + from + i);
-                store(wide + t * kDepth + i, v);
-                if (!first) sums.square[t] = fma(v, v, sums.square[t]);
-            });
-        const float* fn = c.fn + first * columns + from;
-        vf* sum = sums.product + first;
-        int t = 0;
-        for (; t + kTall <= tokens; t += kTall)
-            strip<kTall, kBroad>(wide + t * kDepth, fn, columns, n, last - first,
-                                 sum + t * kMostRows);
-        for (; t < tokens; t++)
-            strip<1, kSlice>(wide + t * kDepth, fn, columns, n, last - first, sum + t * kMostRows);
+        // The next columns, or the first ones of the next block; at the end, of nothing.
+        const int64_t ahead = from + kDepth < columns ? kDepth : tokens * columns - from;
+        for (int t = 0; t < tokens; t++) {
+            const E* here = x + t * columns + from;
+            widen_row(here, n, here + ahead, wide + t * kDepth, square[t]);
+        }
+        slices<kBroad>(wide, c.fn + first * columns + from, columns, n, tokens, last - first,
+                       sums.product + first);
     }
+    for (int t = 0; t < tokens && !first; t++) sums.square[t] = square[t];
 }
 
 void normalise(vf* first, int64_t step, int64_t streams, float eps) {
     vf total{};
     for (int64_t i = 0; i < streams; i++) total += first[i * step];
-    for (int64_t i = 0; i < streams; i++) first[i * step] = first[i * step] / (total + eps);
+    const vf share = 1.0f / (total + eps);
+    for (int64_t i = 0; i < streams; i++) first[i * step] = first[i * step] * share;
 }
 
 // From logits to doubly stochastic matrices (eq. 8), columns last.
@@ -167,6 +193,10 @@ void spread_token(const Spread& s, int64_t token) {
     const float *post = s.post + token * m, *comb = s.comb + token * m * m;
     E* out = static_cast<E*>(s.out) + token * m * d;
     vectors(d, [&](int64_t i, auto lanes) {
+        for (int64_t j = 0; j < m; j++) {  // of the next token: streams are too short to be followed
+            __builtin_prefetch(x + (m + j) * d + i);
+            __builtin_prefetch(out + (m + j) * d + i, 1);
+        }
         vf fresh = lanes.read(y + i), old[kMostStreams];
         for (int64_t j = 0; j < m; j++) old[j] = lanes.read(x + j * d + i);
         for (int64_t k = 0; k < m; k++) {

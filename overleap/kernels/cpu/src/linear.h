@@ -1,7 +1,8 @@
-// Products with stored weights: matmul, grouped_matmul, experts. See ../linear.py for the ops.
+// Products with stored weights: matmul, project, grouped_matmul, experts. See ../linear.py for the ops.
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "isa.h"
 
@@ -18,15 +19,25 @@ struct Stored {
     int64_t rows, columns;
 };
 
-// x [tokens, groups, columns] times the weight's rows, group by group -> out [tokens, rows].
+// A weight that the input meets, and where the result goes: rows `out_stride` elements apart.
+struct Linear {
+    Stored weight;
+    bool round_input;  // the input is rounded to FP8 first
+    void* out;
+    Float out_type;
+    int64_t out_stride;
+};
+
+// x [tokens, groups, columns], perhaps RMS-normalised, times the rows of several weights. With
+// groups, group g meets the g-th part of a weight's rows.
 struct Product {
     const void* x;
     Float x_type;
-    int64_t tokens, groups;
-    Stored weight;
-    bool round_input;
-    void* out;
-    Float out_type;
+    int64_t tokens, groups, columns;
+    const void* norm;  // [columns], or null
+    Float norm_type;
+    float eps;
+    std::vector<Linear> linears;
     int threads;
 };
 
@@ -35,17 +46,24 @@ struct ExpertBytes {
     uint64_t w1, w1_scale, w2, w2_scale, w3, w3_scale;
 };
 
-// Sum over chosen experts of w2(silu(min(w1 x, limit)) * clamp(w3 x, +-limit) * weight).
+// Experts of one form.
+struct Expertise {
+    const ExpertBytes* table;
+    int64_t count, inner;
+    Form form;
+    bool round_input;
+};
+
+// Sum over chosen experts of w2(silu(min(w1 x, limit)) * clamp(w3 x, +-limit) * weight), and with
+// weight 1 of the shared ones, which every token chooses.
 struct Mixture {
     const void* x;  // [tokens, width]
     Float type;
-    int64_t tokens, width, inner, chosen, experts;
+    int64_t tokens, width, chosen;
     const int64_t* ids;   // [tokens, chosen]
     const float* weight;  // [tokens, chosen]
-    const ExpertBytes* table;
-    Form form;
+    Expertise routed, shared;
     float limit;
-    bool round_input;
     void* out;  // [tokens, width]
     int threads;
 };

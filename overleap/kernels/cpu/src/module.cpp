@@ -51,4 +51,6 @@ NB_MODULE(_native, m) {
     overleap::bind_linear(m);
     overleap::bind_attention(m);
     overleap::bind_rows(m);
+    overleap::bind_sampling(m);
+    overleap::bind_ceiling(m);
 }

@@ -14,17 +14,6 @@ constexpr bool kPairs = true;  // a dot product instruction over bf16 pairs
 constexpr bool kPairs = false;
 #endif
 
-// Elements that one dot-product instruction takes of each side; rows are padded to it.
-template <class E>
-constexpr int kStep = sizeof(E) == 2 ? 2 * W : W;
-
-template <class E>
-static inline int64_t padded(int64_t columns) {
-    return (columns + kStep<E> - 1) / kStep<E> * kStep<E>;
-}
-
-static inline float from(const float& x) { return x; }
-static inline float from(const bf16& x) { return wide(x); }
 static inline void put(float& to, float x) { to = x; }
 static inline void put(bf16& to, float x) { to = narrow(x); }
 
@@ -63,27 +52,6 @@ static inline void round_group(float* x, int count) {
     }
 }
 
-// One row of activations as elements, rounded if asked, zeros behind its end.
-// The buffer has room for columns + W floats.
-template <class E, class X>
-static inline void prepare_row(const X* x, int64_t columns, bool round, float* buffer, E* out) {
-    int64_t all_columns = padded<E>(columns), whole = columns / W * W;
-    for (int64_t i = 0; i < whole; i += W) store(buffer + i, load(x + i));
-    for (int64_t i = whole; i < columns; i++) buffer[i] = from(x[i]);
-    if (round) {
-        for (int64_t i = 0; i < columns; i += kInputGroup) {
-            int count = static_cast<int>(columns - i < kInputGroup ? columns - i : kInputGroup);
-            float group[kInputGroup + W] = {};
-            std::memcpy(group, buffer + i, 4 * static_cast<size_t>(count));
-            round_group(group, count);
-            std::memcpy(buffer + i, group, 4 * static_cast<size_t>(count));
-        }
-    }
-    for (int64_t i = 0; i < whole; i += W) store(out + i, load(buffer + i));
-    for (int64_t i = whole; i < columns; i++) put(out[i], buffer[i]);
-    for (int64_t i = columns; i < all_columns; i++) out[i] = E{};
-}
-
 // -- weights
 
 static inline float scaled(float value, uint8_t code) { return value * e8m0(code); }
@@ -102,29 +70,37 @@ static inline void decode_fp4(const uint8_t* code, int64_t n, uint8_t scale, E* 
 
 #if defined(__AVX512BF16__)
 
+alignas(64) constexpr bf16 kFp8Subnormals[32] = {  // multiples of 2^-9
+    0x0000, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
+alignas(64) constexpr bf16 kFp4Values[32] = {  // 0 .5 1 1.5 2 3 4 6 and their negatives, twice
+    0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
+    0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0,
+    0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
+    0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0,
+};
+
+// The bf16 of 32 codes, one in the low byte of each word; `shift` is added to the exponents.
+static inline __m512i fp8_numbers(__m512i word, __m512i shift) {
+    __m512i size = _mm512_and_si512(word, _mm512_set1_epi16(0x7f));
+    __m512i sign = _mm512_slli_epi16(_mm512_and_si512(word, _mm512_set1_epi16(0x80)), 8);
+    __m512i value = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16(120 << 7));
+    __mmask32 low = _mm512_cmplt_epu16_mask(size, _mm512_set1_epi16(8));
+    value = _mm512_mask_permutexvar_epi16(value, low, size, _mm512_load_si512(kFp8Subnormals));
+    value = _mm512_mask_add_epi16(value, _mm512_test_epi16_mask(size, size), value, shift);
+    __mmask32 nan = _mm512_cmpeq_epi16_mask(size, _mm512_set1_epi16(0x7f));
+    value = _mm512_mask_mov_epi16(value, nan, _mm512_set1_epi16(0x7fc0));
+    return _mm512_or_si512(value, sign);
+}
+
 // 32 codes at a time; the scale is added to the exponents, so it must keep them in range.
 static inline int64_t decode_fp8_fast(const uint8_t* code, int64_t n, uint8_t scale, bf16* out) {
     int shift = scale - 127;
     if (shift < -117 || shift > 119) return 0;
-    alignas(64) static constexpr bf16 subnormal[32] = {  // multiples of 2^-9
-        0x0000, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
-    const __m512i small = _mm512_load_si512(subnormal);
     const __m512i add = _mm512_set1_epi16(static_cast<short>(shift * 128));
-    const __m512i bias = _mm512_set1_epi16(120 << 7);
     int64_t i = 0;
     for (; i + 32 <= n; i += 32) {
         __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(code + i));
-        __m512i word = _mm512_cvtepu8_epi16(bytes);
-        __m512i size = _mm512_and_si512(word, _mm512_set1_epi16(0x7f));
-        __m512i sign = _mm512_slli_epi16(_mm512_and_si512(word, _mm512_set1_epi16(0x80)), 8);
-        __m512i value = _mm512_add_epi16(_mm512_slli_epi16(size, 4), bias);
-        __mmask32 low = _mm512_cmplt_epu16_mask(size, _mm512_set1_epi16(8));
-        value = _mm512_mask_permutexvar_epi16(value, low, size, small);
-        __mmask32 some = _mm512_test_epi16_mask(size, size);
-        value = _mm512_mask_add_epi16(value, some, value, add);
-        __mmask32 nan = _mm512_cmpeq_epi16_mask(size, _mm512_set1_epi16(0x7f));
-        value = _mm512_mask_mov_epi16(value, nan, _mm512_set1_epi16(0x7fc0));
-        _mm512_storeu_si512(out + i, _mm512_or_si512(value, sign));
+        _mm512_storeu_si512(out + i, fp8_numbers(_mm512_cvtepu8_epi16(bytes), add));
     }
     return i;
 }
@@ -133,16 +109,12 @@ static inline int64_t decode_fp8_fast(const uint8_t* code, int64_t n, uint8_t sc
 static inline bool decode_fp4_fast(const uint8_t* code, uint8_t scale, bf16* out) {
     int shift = scale - 127;
     if (shift < -125 || shift > 125) return false;
-    alignas(64) static constexpr bf16 values[32] = {
-        0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,  // 0 .5 1 1.5 2 3 4 6
-        0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0,
-    };
     __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(code));
     // A byte's halves into the two words of its lane.
     __m512i pair = _mm512_cvtepu8_epi32(bytes);
     pair = _mm512_or_si512(pair, _mm512_slli_epi32(pair, 12));
     pair = _mm512_and_si512(pair, _mm512_set1_epi32(0x000f000f));
-    __m512i value = _mm512_permutexvar_epi16(pair, _mm512_load_si512(values));
+    __m512i value = _mm512_permutexvar_epi16(pair, _mm512_load_si512(kFp4Values));
     __mmask32 some = _mm512_test_epi16_mask(pair, _mm512_set1_epi16(7));
     __m512i add = _mm512_set1_epi16(static_cast<short>(shift * 128));
     _mm512_storeu_si512(out, _mm512_mask_add_epi16(value, some, value, add));
@@ -180,48 +152,26 @@ static inline bool decode_fp4_fast(const uint8_t* code, uint8_t scale, float* ou
     return true;
 }
 
+// Columns first .. first + 31 of a row, as far as it has them. A group of FP4 begins at `first`.
 template <class E>
-static inline void decode_row(const Stored& w, int64_t row, E* out) {
-    int64_t k = w.columns;
+static inline void decode_columns(const Stored& w, int64_t row, int64_t first, E* out) {
+    const int64_t k = w.columns, at = row * k + first;
+    const int64_t n = k - first < kFp4Group ? k - first : kFp4Group;
     if (w.form == Form::f32) {
-        const float* from_row = static_cast<const float*>(w.data) + row * k;
-        for (int64_t i = 0; i < k; i++) put(out[i], from_row[i]);
+        for (int64_t i = 0; i < n; i++) put(out[i], static_cast<const float*>(w.data)[at + i]);
     } else if (w.form == Form::bf16) {
-        const bf16* from_row = static_cast<const bf16*>(w.data) + row * k;
-        for (int64_t i = 0; i < k; i++) put(out[i], wide(from_row[i]));
+        for (int64_t i = 0; i < n; i++) put(out[i], wide(static_cast<const bf16*>(w.data)[at + i]));
     } else if (w.form == Form::fp8) {
         int64_t blocks = (k + kWeightBlock - 1) / kWeightBlock;
-        const uint8_t* code = static_cast<const uint8_t*>(w.data) + row * k;
-        const uint8_t* scale = w.scale + row / kWeightBlock * blocks;
-        for (int64_t b = 0, i = 0; b < blocks; b++, i += kWeightBlock) {
-            int64_t n = k - i < kWeightBlock ? k - i : kWeightBlock;
-            int64_t done = decode_fp8_fast(code + i, n, scale[b], out + i);
-            decode_fp8(code + i + done, n - done, scale[b], out + i + done);
-        }
+        const uint8_t* code = static_cast<const uint8_t*>(w.data) + at;
+        uint8_t scale = w.scale[row / kWeightBlock * blocks + first / kWeightBlock];
+        int64_t done = decode_fp8_fast(code, n, scale, out);
+        decode_fp8(code + done, n - done, scale, out + done);
     } else {
-        const uint8_t* code = static_cast<const uint8_t*>(w.data) + row * (k / 2);
-        const uint8_t* scale = w.scale + row * (k / kFp4Group);
-        for (int64_t i = 0; i < k; i += kFp4Group) {
-            uint8_t s = scale[i / kFp4Group];
-            if (!decode_fp4_fast(code + i / 2, s, out + i))
-                decode_fp4(code + i / 2, kFp4Group, s, out + i);
-        }
+        const uint8_t* code = static_cast<const uint8_t*>(w.data) + at / 2;
+        uint8_t scale = w.scale[at / kFp4Group];
+        if (!decode_fp4_fast(code, scale, out)) decode_fp4(code, kFp4Group, scale, out);
     }
-    for (int64_t i = k; i < padded<E>(k); i++) out[i] = E{};
-}
-
-// Rows first .. first + count - 1, in place where the stored bytes are elements already; else
-// decoded into the buffer. Rows behind count, up to a multiple of 4, are zeros.
-// returns  address of the first row; rows lie padded(columns) apart
-template <class E>
-static inline const E* decode_panel(const Stored& w, int64_t first, int64_t count, E* buffer) {
-    int64_t stride = padded<E>(w.columns);
-    Form own = sizeof(E) == 2 ? Form::bf16 : Form::f32;
-    if (w.form == own && stride == w.columns && count % 4 == 0)
-        return static_cast<const E*>(w.data) + first * stride;
-    for (int64_t i = 0; i < count; i++) decode_row(w, first + i, buffer + i * stride);
-    for (int64_t i = count; i % 4; i++) std::memset(buffer + i * stride, 0, sizeof(E) * stride);
-    return buffer;
 }
 
 }  // namespace overleap::OVERLEAP_ISA

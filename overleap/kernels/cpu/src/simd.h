@@ -73,22 +73,23 @@ static inline vf abs(vf a) {
     return reinterpret_cast<vf>(reinterpret_cast<vu>(a) & 0x7fffffffu);
 }
 
+// The lane half a vector on joins every lane, then the one half of that on, ... down to the next.
+template <int Half = W / 2, class Join>
+static inline float onto_halves(vf v, const Join& join) {
+    vi from;
+    for (int i = 0; i < W; i++) from[i] = (i + Half) % W;
+    v = join(v, __builtin_shuffle(v, from));
+    if constexpr (Half > 1) return onto_halves<Half / 2>(v, join);
+    return v[0];
+}
+
 // Sum of the lanes, always in the same order: halves onto halves.
 static inline float sum(vf v) {
-    float lane[W];
-    store(lane, v);
-    for (int half = W / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
-    return lane[0];
+    return onto_halves(v, [](vf a, vf b) { return a + b; });
 }
 
 static inline float largest(vf v) {
-    float lane[W];
-    store(lane, v);
-    for (int half = W / 2; half; half /= 2)
-        for (int i = 0; i < half; i++)
-            lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-    return lane[0];
+    return onto_halves(v, [](vf a, vf b) { return max(a, b); });
 }
 
 // -- bfloat16

@@ -1,0 +1,121 @@
+"""Programs in processes of their own: what they answer, how they fail, and what the record says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from overleap.cli import app
+from overleap.errors import OverleapError, RequestError
+from overleap.eval import record as records
+from overleap.eval.cost import prefill_flops
+from overleap.eval.peers import versus as module
+from overleap.eval.peers.versus import Cell, Comparison, Contender, answers, versus
+from tests.checkpoints import random_tensors, tiny_config, write_checkpoint
+from tests.peers.installed import needs
+
+
+@pytest.fixture
+def folder(seed: int, tmp_path: Path) -> Path:
+    config = tiny_config(seed, "release", hc_mult=4, index_head_dim=64, num_nextn_predict_layers=0)
+    return write_checkpoint(tmp_path / "model", config, random_tensors(config, seed))
+
+
+@pytest.mark.parametrize("peer", needs("llama.cpp"))
+def test_the_command_compares_and_records(peer: str, folder: Path, tmp_path: Path) -> None:
+    arguments = ["bench", folder, "--versus", f"{peer}:130", "--depth", 130, "--depth", 9]
+    arguments += ["--depth", 200, "--decode", 3, "--rounds", 2, "--threads", 1]
+    arguments += ["--backend", "torch", "--results", tmp_path]
+    shown = CliRunner(env={"COLUMNS": "160"}).invoke(
+        app, list(map(str, arguments)), catch_exceptions=False
+    )
+    [record] = records.read(tmp_path / "versus.jsonl")
+    asked = [(row["program"], row["depth_tokens"]) for row in record.numbers]
+    ours = "overleap torch"
+    assert asked == [(ours, 9), (peer, 9), (ours, 130), (peer, 130), (ours, 200)]
+    for row in record.numbers:
+        assert row["prefills"] == 2 and row["peak_process_bytes"] >= row["base_bytes"] > 0
+        assert ("prefill_factor" in row) == (row["program"] == peer)
+        assert ("together_factor" in row) == (row["program"] == ours and row["depth_tokens"] == 9)
+    assert record.settings[f"same_best_{peer}"] >= 0.5  # FP8 is not Q8_0, but near
+    assert 0 < record.settings[f"log_probability_off_{peer}"] < 3
+    assert "xllamacpp wheel" in str(record.settings[f"version_of_{peer}"])
+    assert record.settings["rounds"] == 2 and "8 at once" in shown.stdout
+
+
+def test_rows_are_medians_and_factors(seed: int) -> None:
+    config = tiny_config(seed)
+    cells = {
+        ("ours", 10): Cell([1.0, 3.0, 2.0], [0.1, 0.4, 0.2], 5, 7, [0.4, 0.4]),
+        ("other", 10): Cell([8.0], [0.8], 5, 9),
+        ("broken", 10): Cell(error="out of memory"),
+    }
+    ours, other, broken = Comparison(config, cells, {}, {}, {}).rows()
+    assert ours["prefill_tokens_per_s"] == 5 and ours["decode_tokens_per_s"] == 5
+    assert ours["decode_slowest_s"] == 0.4 and "prefill_factor" not in ours
+    assert ours["prefill_flop_per_s"] == prefill_flops(config, 10) / 2
+    assert ours["together_tokens_per_s"] == pytest.approx(20)
+    assert ours["together_factor"] == pytest.approx(4)
+    assert other["prefill_factor"] == 4 and other["decode_factor"] == pytest.approx(4)
+    assert broken == {"program": "broken", "depth_tokens": 10, "error": "out of memory"}
+
+
+def test_a_long_reading_is_made_once(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    asked: list[tuple[str, int]] = []
+
+    class Pretended:
+        def __init__(self, task: Any, log: Path) -> None:
+            self.program, self.facts = task.program, {"version": "1", "manner": "none"}
+
+        def start(self) -> None: ...
+
+        def close(self) -> None: ...
+
+        def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+            if request["what"] != "measure":
+                return {"steps_s": [0.1]}
+            depth = len(request["ids"])
+            asked.append((self.program, depth))
+            if self.program == "transformers" and depth == 7:
+                raise OverleapError("out of memory")
+            return {
+                "prefill_s": 30.0 if depth == 7 else 1.0,
+                "steps_s": [0.1],
+                "base_bytes": 1,
+                "peak_bytes": None,
+            }
+
+    monkeypatch.setattr(module, "_Process", Pretended)
+    monkeypatch.setattr(module, "_answers", lambda *_: {"ours": module.np.zeros((1, 2))})
+    contenders = [Contender("ours", "overleap"), Contender.peer("transformers")]
+    found = versus(folder, contenders, [7, 5], threads=1, rounds=3)
+    one_round = [("overleap", 5), ("transformers", 5)]
+    assert asked == [*one_round, ("overleap", 7), ("transformers", 7), *one_round, *one_round]
+    assert found.cells["transformers", 7].error == "out of memory"
+    assert len(found.cells["ours", 5].prefill_s) == 3
+
+
+@pytest.mark.parametrize("text", ["vllm", "llama.cpp:", "llama.cpp:many", "transformers:-1"])
+def test_other_names_are_refused(text: str) -> None:
+    if text == "llama.cpp:":
+        assert Contender.peer(text).deepest is None
+        return
+    with pytest.raises(RequestError, match="names no program"):
+        Contender.peer(text)
+
+
+def test_a_program_that_cannot_start_says_why(folder: Path) -> None:
+    with pytest.raises(OverleapError, match="no kernel backend is called 'none'"):
+        answers(folder, [Contender("ours", "overleap", backend="none")], [1, 2], [1])
+
+
+def test_a_process_that_dies_tells_its_last_words(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(OverleapError):
+        answers(folder, [Contender("ours", "overleap")], [1, 2], [1])
+    monkeypatch.setattr(module, "MEMORY_SHARE", 0.0)
+    with pytest.raises(OverleapError):
+        answers(folder, [Contender("ours", "overleap")], [1, 2], [1])
