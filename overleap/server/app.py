@@ -10,7 +10,7 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,10 @@ def _routes(service: Service, app: FastAPI) -> list[Route]:
               parameters=(name,)),
         Route("GET", "/", Access.PUBLIC, page),
         Route("GET", "/openapi.json", Access.PUBLIC, description, schema.Answer),
-        *(Route(*line, queries="/organization/" in line[1]) for line in admin.routes(service)),
+        *(
+            replace(Route(*line), queries="/organization/" in line[1])
+            for line in admin.routes(service)
+        ),
     ]  # fmt: skip
 
 

