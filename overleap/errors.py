@@ -8,6 +8,11 @@ OverleapError
  |- RequestError       a request that cannot be answered as it was asked
  |- StateError         an answer that differs from the same answer computed from scratch
  |- DialectError       a chat request or a generated text that does not follow its format
+ |- AuthError          an API key that is missing, unknown or revoked (HTTP 401)
+ |- AccessError        a key that is known, on a tier that does not allow this (HTTP 403)
+ |- QuotaError         a quota or balance that does not cover a request (HTTP 402)
+ |- RateError          too many requests a minute or at once; says when to come back (HTTP 429)
+ |- LedgerError        a ledger that cannot be opened, or does not keep its books (HTTP 503)
  '- TrainingError      a training run, recipe or data set that cannot go on
 
 Mistakes of ours are `assert`, not these.
@@ -56,6 +61,33 @@ class StateError(OverleapError):
 
 class DialectError(OverleapError):
     """A chat request or a generated text that does not follow its format."""
+
+
+class AuthError(OverleapError):
+    """An API key that is missing, unknown or revoked."""
+
+
+class AccessError(OverleapError):
+    """A key that is known, on a tier that does not allow what was asked for."""
+
+
+class QuotaError(OverleapError):
+    """A quota or balance that does not cover a request: waiting a little does not help."""
+
+
+class RateError(OverleapError):
+    """Too many requests a minute or at once.
+
+    retry_after_s  whole seconds after which the same request may be accepted
+    """
+
+    def __init__(self, message: str, hint: str | None = None, *, retry_after_s: int) -> None:
+        super().__init__(message, hint)
+        self.retry_after_s = retry_after_s
+
+
+class LedgerError(OverleapError):
+    """A ledger that cannot be opened, cannot be written, or does not keep its books."""
 
 
 class TrainingError(OverleapError):

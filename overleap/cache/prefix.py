@@ -24,14 +24,21 @@ _PAGE = struct.Struct(f"<{PAGE_TOKENS}Q")
 Chain = list[bytes]  # the name of every full page of some tokens, in order
 
 
-def name_pages(ids: Ids[int], domain: Ids[bytes], chain: Ids[bytes] = ()) -> Chain:
+def name_pages(
+    ids: Ids[int], domain: Ids[bytes], salt: bytes = b"", public: int = 0, chain: Ids[bytes] = ()
+) -> Chain:
     """Names of the full pages of `ids`; `chain` holds those already known.
 
-    domain  what else must be equal for pages to be: model digest, cache format, salt
+    domain  what must be equal for pages to be: model digest, cache format
+    salt    whose pages they are
+    public  the first so many pages are everybody's; the salt enters behind them
     """
     names = list(chain)
     for first in range(len(names) * PAGE_TOKENS, len(ids) - PAGE_TOKENS + 1, PAGE_TOKENS):
-        digest = hashlib.sha256(names[-1] if names else _root(domain))
+        before = names[-1] if names else _root((*domain, b"", b"public"))
+        if len(names) == public:
+            before = _root((before, salt) if public else (*domain, salt))
+        digest = hashlib.sha256(before)
         digest.update(_PAGE.pack(*ids[first : first + PAGE_TOKENS]))
         names.append(digest.digest())
     return names
@@ -120,10 +127,15 @@ class PrefixCache:
         """False where nothing is ever kept."""
         return self._budget > 0
 
-    def chain(self, ids: Ids[int], salt: str, known: Ids[bytes] = ()) -> Chain:
-        """Names of the full pages of `ids`, for this model, cache format and salt."""
-        domain = (self._model_digest.encode(), self._cache.format.encode(), salt.encode())
-        return name_pages(ids, domain, known)
+    def chain(
+        self, ids: Ids[int], salt: str, public_tokens: int = 0, known: Ids[bytes] = ()
+    ) -> Chain:
+        """Names of the full pages of `ids`, for this model, cache format and salt.
+
+        public_tokens  full pages within the first so many are everybody's, whatever the salt
+        """
+        domain = (self._model_digest.encode(), self._cache.format.encode())
+        return name_pages(ids, domain, salt.encode(), public_tokens // PAGE_TOKENS, known)
 
     def lookup(self, chain: Chain, tokens: int) -> Hit:
         """The deepest place to continue at, within the first `tokens` tokens."""

@@ -216,6 +216,11 @@ class Tokenizer:
         """A fresh incremental decoder for one stream of tokens."""
         return Decoder(self, control=control)
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of all added tokens."""
+        return frozenset(self._added.values())
+
     def is_control(self, token_id: int) -> bool:
         """Whether the token frames a sequence (BOS, EOS, padding) and is no text."""
         return token_id in self._control

@@ -2,13 +2,28 @@
 
 The only room that may read the environment. Read next: talk.py (ask, chat, generate), demo.py,
 tools.py (logits, conform, version), models.py (checkpoints), kept.py (prefixes on disk), plan.py,
-compare.py and calibrate.py, bench.py, doctor.py, screen.py (the terminal).
+compare.py and calibrate.py, bench.py, doctor.py, serve.py (HTTP), accounts.py (its keys and usage),
+screen.py (the terminal).
 """
 
-from overleap.cli import bench, calibrate, compare, demo, doctor, kept, models, plan, talk, tools
+from overleap.cli import (
+    accounts,
+    bench,
+    calibrate,
+    compare,
+    demo,
+    doctor,
+    kept,
+    models,
+    plan,
+    serve,
+    talk,
+    tools,
+)
 from overleap.cli.app import app, main
 
 __all__ = [
+    "accounts",
     "app",
     "bench",
     "calibrate",
@@ -19,6 +34,7 @@ __all__ = [
     "main",
     "models",
     "plan",
+    "serve",
     "talk",
     "tools",
 ]

@@ -100,9 +100,10 @@ class Room:
         resident_bytes: int | None = None,
         text_bytes: int = 0,
         native: bool = False,
+        slots: int = 2,
         weights: Weights = NO_WEIGHTS,
     ) -> Budget:
-        """Room for a text of `tokens` tokens; its resident_bytes include second_bytes.
+        """Room for texts of `tokens` tokens in all; its resident_bytes include second_bytes.
 
         resident_bytes  of the process when the engine is made; as it is now if not given
         native          as for layout.scratch_bytes
@@ -124,6 +125,7 @@ class Room:
                     self.cache_format,
                     memory_bytes=memory_bytes,
                     native=native,
+                    slots=slots,
                     resident_bytes=before + text_bytes * tokens + self.second_bytes(config, tokens),
                     weights=weights,
                 )

@@ -20,7 +20,9 @@ from overleap.cache.state import Cache
 from overleap.engine import request as border
 from overleap.engine import runner
 from overleap.engine.budget import SNAPSHOT_BYTES, pages_in
+from overleap.engine.choices import Choices
 from overleap.engine.gate import Mode
+from overleap.engine.pace import Pace
 from overleap.engine.request import (
     Completion,
     Event,
@@ -29,12 +31,14 @@ from overleap.engine.request import (
     Handle,
     Progress,
     Request,
+    Scores,
     Stats,
     Token,
     Usage,
 )
 from overleap.engine.resident import Resident
 from overleap.engine.run import Run
+from overleap.engine.sampler import score
 from overleap.engine.scheduler import Job, Part, Place, Scheduler
 from overleap.engine.speculate import Speculator
 from overleap.errors import BackendError, CapacityError, ConfigError, OverleapError, RequestError
@@ -55,6 +59,7 @@ class Engine:
                     are the same
     model_digest    names the weights, for prefixes that outlive the process
     disk            where prefixes are kept beyond the memory and the process; needs model_digest
+    choices         of this model, for requests that want to know them
     resident        what bounds the model's experts in memory, where anything does, for stats()
 
     Raises CapacityError when the memory does not hold a page, ConfigError for a bad budget.
@@ -73,6 +78,7 @@ class Engine:
         speculate: Mode = "auto",
         model_digest: str = "",
         disk: DiskTier | None = None,
+        choices: Choices | None = None,
         resident: Resident | None = None,
     ) -> None:
         if disk is not None and not model_digest:
@@ -90,6 +96,7 @@ class Engine:
             self._cache, snapshot_bytes=snapshot_bytes, model_digest=model_digest, disk=disk
         )
         self._speculator = Speculator(model, self._cache, speculate, self._prefix.enabled)
+        self._pace, self._choices = Pace(), choices
         self._runs: dict[str, Run] = {}
         self._finished = self._read = self._hit = self._generated = self._peak = 0
         self._prefill_s = self._decode_s = 0.0
@@ -109,12 +116,19 @@ class Engine:
         if request.id in self._runs:
             raise RequestError(f"a request with the id {request.id!r} is being served")
         sampling = request.sampling
-        job = Job(request.id, len(request.prompt), sampling.max_tokens)
+        job = Job(
+            request.id,
+            len(request.prompt),
+            sampling.max_tokens,
+            request.flow,
+            request.weight,
+            sampling.prompt_logprobs is not None,
+        )
         self._scheduler.submit(job)
         chain: Chain = []
         if self._prefix.enabled:
-            chain = self._prefix.chain(request.prompt, request.salt)
-            job.marks = _marks(job.prompt_tokens, request.branches)
+            chain = self._prefix.chain(request.prompt, request.salt, request.public_tokens)
+            job.marks = _marks(job.prompt_tokens, (*request.branches, request.public_tokens))
         stop_ids = sampling.stop_ids
         self._runs[request.id] = run = Run(
             Handle(request, secrets.randbits(63) if sampling.seed is None else sampling.seed),
@@ -123,6 +137,7 @@ class Engine:
             chain,
             list(request.prompt),
             time.perf_counter(),
+            walk=request.constraint.start() if request.constraint is not None else None,
         )
         return run.handle
 
@@ -169,7 +184,7 @@ class Engine:
         """
         self._scheduler.admit(self._offer)
         self._speculator.prepare([self._runs[job.id] for job in self._scheduler.running])
-        parts = self._scheduler.plan()
+        parts = self._scheduler.plan(self._pace.beside())
         if not parts:
             assert not self._scheduler.waiting, "a request waits for an idle engine"
             return False
@@ -196,7 +211,13 @@ class Engine:
         """Run a step, choose the next tokens, and have those after them proposed."""
         began = time.perf_counter()
         rows = [run.row(part) for run, part in zip(runs, parts, strict=True)]
+        if self._choices is not None:
+            self._choices.forget()
         output = runner.step(self.model, self._cache, rows)
+        each = (time.perf_counter() - began) / sum(part.count for part in parts)
+        for run, part in zip(runs, parts, strict=True):
+            run.machine_s += each * part.count
+        self._note_choices(runs, parts)
         wanted = iter(output.logits)
         for run, part in zip(runs, parts, strict=True):
             self._commit(run, part, [next(wanted) for _ in range(part.rows)])
@@ -206,13 +227,21 @@ class Engine:
         self._speculator.measure(parts, chosen - began, ended - chosen)
         self._count(parts, ended - began)
 
+    def _note_choices(self, runs: list[Run], parts: list[Part]) -> None:
+        """Keep what the indexer chose for the last token of those who want to know."""
+        end = 0
+        for run, part in zip(runs, parts, strict=True):
+            end += part.count
+            if run.handle.request.choices and self._choices is not None:
+                run.chosen = self._choices.of(end - 1, part.start + part.count)
+
     def _offer(self, job: Job) -> Place:
         """Set slot and pages aside for a waiting job, from where a known prefix ends."""
         run = self._runs[job.id]
         # The last prompt token is always computed: its logits choose the first token.
-        usable = job.prompt_tokens - 1
+        usable = 0 if job.scored else job.prompt_tokens - 1
         hit = self._prefix.lookup(run.chain, usable)
-        if self._read_by_another(run, hit.length):
+        if not job.scored and self._read_by_another(run, hit.length):
             return Place.LATER
         needed = job.pages - len(hit.pages)
         if needed > self._cache.pages_free + self._prefix.reclaimable(hit):
@@ -255,6 +284,9 @@ class Engine:
     def _commit(self, run: Run, part: Part, rows: list[Tensor]) -> None:
         """Take note of what a step did for one request, and choose its next tokens."""
         job, reading = run.job, run.job.reading
+        if part.scored:
+            self._score(run, part, rows)
+            rows = rows[-1:] if part.logits else []
         tokens, error = self._speculator.choose(run, part, rows)
         refused = part.drafted - max(0, len(tokens) - 1)
         if refused:
@@ -279,6 +311,17 @@ class Engine:
             self._finish(run, FinishReason.ERROR, error=error)
         elif job.generated == job.max_tokens:
             self._finish(run, FinishReason.LENGTH)
+
+    def _score(self, run: Run, part: Part, rows: list[Tensor]) -> None:
+        """Tell the log-probabilities of the prompt tokens that follow those of the part."""
+        top = run.handle.request.sampling.prompt_logprobs
+        assert top is not None
+        following = run.ids[part.start + 1 : part.start + part.count + 1]
+        scored = tuple(
+            score(logits_V, token, top, self.model.ops)
+            for logits_V, token in zip(rows, following, strict=not part.logits)
+        )
+        run.handle.events.append(Scores(scored))
 
     def _remember(self, run: Run, reading: bool) -> None:
         """At a page boundary: take a snapshot, and keep it where one of the prompt is wanted.
@@ -311,19 +354,26 @@ class Engine:
             waiting_s=(run.started or now) - run.submitted,
             prefill_s=(run.first or now) - run.started if run.started else 0.0,
             decode_s=run.last - run.first if run.last and run.first else 0.0,
+            machine_s=run.machine_s,
         )
         if run.sequence is not None:
             cache = self._cache
             took = layout.cache_bytes(cache.config, run.sequence.length, cache.format)
             usage = replace(usage, cache_bytes=took.total)
             if run.turn is not None and reason is not FinishReason.ERROR:
-                chain = self._prefix.chain(run.ids, run.handle.request.salt, run.chain)
+                request = run.handle.request
+                chain = self._prefix.chain(run.ids, request.salt, request.public_tokens, run.chain)
                 self._prefix.keep(chain, run.sequence.pages, run.turn)
             self._cache.close(run.sequence)
         del self._runs[run.job.id]
         self._finished += 1
         run.handle.finish = Finish(
-            reason=reason, usage=usage, seed=run.handle.seed, stop_id=stop_id, error=error
+            reason=reason,
+            usage=usage,
+            seed=run.handle.seed,
+            stop_id=stop_id,
+            error=error,
+            chosen=run.chosen,
         )
         run.handle.events.append(run.handle.finish)
 
@@ -354,6 +404,8 @@ class Engine:
         """Book the tokens and the time of a step."""
         answered = sum(part.count for part in parts if part.start >= part.job.prompt_tokens)
         total = sum(part.count for part in parts)
+        answering = sum(part.start >= part.job.prompt_tokens for part in parts)
+        self._pace.measure(answering, total - answered, seconds)
         self._read += total - answered
         self._decode_s += seconds * answered / total
         self._prefill_s += seconds * (total - answered) / total

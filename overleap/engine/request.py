@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Protocol
 
 from overleap.cache.store import DiskStats
 from overleap.errors import OverleapError, RequestError
@@ -30,6 +31,7 @@ class Sampling:
                  logarithms of the model's own distribution, before all of the above
     max_tokens   tokens to choose at most, the stop token counted
     stop_ids     tokens that end the answer; None is the model's end of sequence, () is none
+    prompt_logprobs  as logprobs, for the tokens of the prompt; all of it is then computed
 
     Raises RequestError for values outside their range.
     """
@@ -42,13 +44,14 @@ class Sampling:
     logprobs: int | None = None
     max_tokens: int = 256
     stop_ids: tuple[int, ...] | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise RequestError(f"{name} is {value!r}, expected a number")
-        for name in ("top_k", "seed", "logprobs", "max_tokens"):
+        for name in ("top_k", "seed", "logprobs", "prompt_logprobs", "max_tokens"):
             value = getattr(self, name)
             if value is None and name != "max_tokens":
                 continue
@@ -67,8 +70,10 @@ class Sampling:
             raise RequestError(f"top_k is {self.top_k}, it must be at least 1", "None keeps all")
         if self.seed is not None and not -SEED_LIMIT <= self.seed < SEED_LIMIT:
             raise RequestError(f"seed is {self.seed}, it must fit into 64 bits with a sign")
-        if self.logprobs is not None and self.logprobs < 0:
-            raise RequestError(f"logprobs is {self.logprobs}, it must be 0 or more")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise RequestError(f"{name} is {value}, it must be 0 or more")
         if self.max_tokens < 1:
             raise RequestError(f"max_tokens is {self.max_tokens}, it must be at least 1")
         if self.stop_ids is not None:
@@ -80,6 +85,26 @@ class Sampling:
         return self.temperature == 0
 
 
+class Walk(Protocol):
+    """One answer under a constraint, token by token. Not shared between answers."""
+
+    def allowed(self) -> bytes:
+        """Bit `id % 8` of byte `id // 8` is set where the next token may be `id`.
+
+        Raises RequestError where nothing can follow.
+        """
+
+    def accept(self, token: int) -> None:
+        """This token was chosen; it was allowed."""
+
+
+class Constraint(Protocol):
+    """What an answer must look like. Holds no state of an answer."""
+
+    def start(self) -> Walk:
+        """A walk from the beginning of an answer."""
+
+
 def _fresh_id() -> str:
     return uuid.uuid4().hex
 
@@ -88,12 +113,18 @@ def _fresh_id() -> str:
 class Request:
     """A prompt to continue.
 
-    prompt    token ids, at least one; kept as a tuple
-    sampling  how to continue it
-    id        names the request in its events and in errors; unique among those being served
-    salt      requests share cached prefixes only with requests of the same salt
-    branches  prompt lengths after which later prompts may go on differently: the end of a
-              document, of a system prompt. A later prompt then continues from the page before
+    prompt         token ids, at least one; kept as a tuple
+    sampling       how to continue it
+    id             names the request in its events and in errors; unique among those being served
+    salt           requests share cached prefixes only with requests of the same salt
+    branches       prompt lengths after which later prompts may go on differently: the end of a
+                   document, of a system prompt. A later prompt then continues from the page before
+    public_tokens  the first so many tokens of the prompt are nobody's secret: full pages of them
+                   are shared whatever the salt
+    flow           requests of one flow share what is its due; flows share by weight
+    weight         how much of a busy engine the flow is due, beside others; above 0
+    constraint     which tokens may be chosen, None for all
+    choices        tell at the end what the indexer chose for the last token
 
     Raises RequestError for an empty prompt or ids that are not whole numbers >= 0.
     """
@@ -103,13 +134,24 @@ class Request:
     id: str = field(default_factory=_fresh_id)
     salt: str = ""
     branches: tuple[int, ...] = ()
+    public_tokens: int = 0
+    flow: str = ""
+    weight: float = 1.0
+    constraint: Constraint | None = None
+    choices: bool = False
 
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise RequestError(f"the weight is {self.weight}, it must be above 0")
         object.__setattr__(self, "prompt", _ids("the prompt", self.prompt))
         object.__setattr__(self, "branches", _ids("branches", self.branches, "a length"))
         if not self.prompt:
             raise RequestError(
                 "the prompt is empty", "start with the model's beginning-of-sequence token"
+            )
+        if not 0 <= self.public_tokens <= len(self.prompt):
+            raise RequestError(
+                f"public_tokens is {self.public_tokens}, the prompt has {len(self.prompt)} tokens"
             )
 
     @property
@@ -140,8 +182,10 @@ def check(request: Request, *, vocab_size: int, context_tokens: int) -> None:
                 f"{name} holds token {largest}, the vocabulary has {vocab_size}",
                 "the prompt was probably made with another model's tokenizer",
             )
-    if sampling.logprobs is not None and sampling.logprobs > vocab_size:
-        raise RequestError(f"logprobs is {sampling.logprobs}, the vocabulary has {vocab_size}")
+    for name in ("logprobs", "prompt_logprobs"):
+        wanted = getattr(sampling, name)
+        if wanted is not None and wanted > vocab_size:
+            raise RequestError(f"{name} is {wanted}, the vocabulary has {vocab_size}")
     if request.total_tokens > context_tokens:
         raise RequestError(
             f"{len(request.prompt)} prompt tokens and {sampling.max_tokens} new ones are "
@@ -178,6 +222,25 @@ class Token:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Tokens of the prompt with their log-probabilities, in order; the first token has none."""
+
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which compressed blocks a layer's indexer chose for a token.
+
+    visible  blocks there were; entries: numbers of the chosen ones, ascending
+    """
+
+    layer: int
+    visible: int
+    entries: tuple[int, ...]
+
+
 class FinishReason(StrEnum):
     """Why an answer ended."""
 
@@ -198,6 +261,7 @@ class Usage:
     waiting_s         seconds from submission until the first step
     prefill_s         seconds from then until the first token
     decode_s          seconds from the first token until the last
+    machine_s         its share, by tokens, of the time of the model's steps it took part in
     """
 
     prompt_tokens: int
@@ -207,6 +271,7 @@ class Usage:
     waiting_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    machine_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +281,7 @@ class Finish:
     stop_id  the stop token, which is not sent as a Token; None for other reasons
     seed     the seed that was used: with it the same request gives the same answer
     error    what went wrong, where the reason is ERROR
+    chosen   what the indexer chose for the last token, where the request asked for it
     """
 
     reason: FinishReason
@@ -223,9 +289,10 @@ class Finish:
     seed: int
     stop_id: int | None = None
     error: OverleapError | None = None
+    chosen: tuple[Chosen, ...] = ()
 
 
-Event = Progress | Token | Finish
+Event = Progress | Scores | Token | Finish
 
 
 @dataclass(eq=False)

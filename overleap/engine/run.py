@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from overleap.cache.prefix import Chain
 from overleap.cache.state import Sequence, Snapshot
-from overleap.engine.request import Handle
+from overleap.engine.request import Chosen, Handle, Walk
 from overleap.engine.scheduler import Job, Part
 
 
@@ -31,6 +31,7 @@ class Run:
 
     chain  names of its full pages
     turn   the last snapshot, if it is not kept yet
+    walk   which tokens may come next, None for all
     """
 
     handle: Handle
@@ -45,7 +46,10 @@ class Run:
     started: float | None = None
     first: float | None = None
     last: float | None = None
+    machine_s: float = 0.0
     draft: Draft = field(default_factory=Draft)
+    walk: Walk | None = None
+    chosen: tuple[Chosen, ...] = ()
 
     def row(self, part: Part) -> tuple[Sequence, list[int], int]:
         """The sequence and the token ids of a part, proposals last, for the runner."""

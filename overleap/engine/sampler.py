@@ -63,6 +63,13 @@ def sample(logits_V: Tensor, draw: Draw, ops: Ops, allowed: bytes | None = None)
     return Token(chosen, own, tuple((token, value) for token, value in top if token >= 0))
 
 
+def score(logits_V: Tensor, token: int, top: int, ops: Ops) -> Token:
+    """A given token with its log-probability and those of the `top` likeliest."""
+    only = bytearray(-(-len(logits_V) // 8))
+    only[token // 8] = 1 << token % 8
+    return sample(logits_V, Draw(Sampling(temperature=0, logprobs=top), 0, 0), ops, bytes(only))
+
+
 def _refusal(largest: float, index: int) -> BackendError:
     if math.isfinite(largest):
         return BackendError(f"no token that is allowed as token {index} of the answer is possible")

@@ -1,12 +1,18 @@
-"""Who runs next: admission in order of arrival, chunks of prompts, one token for each decode.
+"""Who runs next: admission in fair shares, chunks of prompts, one token for each decode.
 
 Not here: tensors, pages themselves, customers. It counts tokens and is told what fits.
-Read next: engine.py (the loop that asks), runner.py (what becomes of a plan).
+Read next: engine.py (the loop that asks), runner.py (what becomes of a plan), pace.py (how much of
+a prompt goes beside answers).
 
 A job is admitted only when pages for its whole prompt and its longest answer can be set aside, so
 an admitted job always finishes: nothing is preempted, and nothing fails half-way.
+
+Jobs belong to flows. What a flow has had, divided by its weight, is its clock; the flow whose clock
+is behind goes first (start-time fair queueing). A flow that was idle begins at the clock of those
+that were not: nobody saves up.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,11 +21,16 @@ from enum import Enum
 from overleap.cache.layout import PAGE_TOKENS, pages_for
 from overleap.errors import CapacityError, ConfigError
 
+SHORT_TOKENS = 256  # left to read: so few pass whatever answers are written, a hiccup at most
+SCORED_TOKENS = 64  # of a prompt whose every token wants logits, in one step: 32 MiB of 129,280
+
 
 @dataclass(eq=False)
 class Job:
     """A request as the scheduler sees it: counts only.
 
+    flow       who it shares with; weight: what its flow is due beside others
+    scored     logits are wanted after every token of the prompt
     done       tokens in the cache
     generated  tokens chosen so far; the last of them is not in the cache yet
     drafted    tokens proposed to follow it, to be checked in the next step
@@ -29,6 +40,9 @@ class Job:
     id: str
     prompt_tokens: int
     max_tokens: int
+    flow: str = ""
+    weight: float = 1.0
+    scored: bool = False
     done: int = 0
     generated: int = 0
     drafted: int = 0
@@ -51,6 +65,7 @@ class Part:
 
     logits   choose a token after them
     drafted  the last of them that are proposals: the token after each decides on the next
+    scored   logits are wanted after each of them, whether a token is chosen or not
     """
 
     job: Job
@@ -58,11 +73,12 @@ class Part:
     count: int
     logits: bool
     drafted: int = 0
+    scored: bool = False
 
     @property
     def rows(self) -> int:
-        """Logits wanted: after the last certain token and after every proposal."""
-        return self.logits + self.drafted
+        """Logits wanted: after the last certain token and after every proposal, or after all."""
+        return self.count if self.scored else self.logits + self.drafted
 
 
 class Place(Enum):
@@ -78,7 +94,8 @@ class Scheduler:
     """Which tokens of which jobs go into the next step.
 
     pages         pages of the cache: a job that needs more is refused at submission
-    slots         jobs that run at once
+    slots         jobs that run at once; the last free one is kept for a flow that has none (jobs
+                  of the flow "" take it all the same)
     chunk_tokens  tokens of a step at most
 
     Raises ConfigError for a budget in which not every running job gets a token each step.
@@ -97,6 +114,8 @@ class Scheduler:
         self.chunk_tokens = chunk_tokens
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
+        self._clocks: dict[str, float] = {}  # of flows that have jobs
+        self._now = 0.0  # the clock of the flow that was served last
 
     def submit(self, job: Job) -> None:
         """Put a job at the end of the queue. CapacityError when it could never run."""
@@ -108,15 +127,18 @@ class Scheduler:
                 "or give the cache more memory",
             )
         self.waiting.append(job)
+        self._clocks.setdefault(job.flow, self._now)
 
     def admit(self, offer: Callable[[Job], Place]) -> None:
-        """Offer places to the waiting jobs, first come first served.
+        """Offer places to the waiting jobs: the flow that is behind first, its jobs in order.
 
         `offer` sets the pages of a job aside and, where a prefix of it was found, moves
         `job.done`. It is not called when all slots are taken.
         """
-        for job in list(self.waiting):
-            if len(self.running) == self.slots:
+        passed: set[str] = set()
+        while len(self.running) < self.slots:
+            job = self._next(passed)
+            if job is None:
                 return
             place = offer(job)
             if place is Place.FULL:
@@ -124,14 +146,34 @@ class Scheduler:
             if place is Place.TAKEN:
                 self.waiting.remove(job)
                 self.running.append(job)
+                # Its slot and at least a token: equal flows take turns before either has run.
+                self._serve(job, 1)
+            elif place is Place.LATER:
+                passed.add(job.id)
 
-    def plan(self) -> list[Part]:
-        """The next step: a token for every decode, then chunks of prompts, shared evenly.
+    def _next(self, passed: set[str]) -> Job | None:
+        """The waiting job that is due, without those that were passed."""
+        held = {job.flow for job in self.running}
+        last = self.slots > 1 and len(self.running) == self.slots - 1
+        best: Job | None = None
+        for job in self.waiting:
+            if job.id in passed or (last and job.flow and job.flow in held):
+                continue
+            # Earlier jobs come first in the queue, so only a flow further behind goes before.
+            if best is None or self._clocks[job.flow] < self._clocks[best.flow]:
+                best = job
+        return best
 
-        An even share lets a short prompt pass a long one: what the short ones leave over goes
-        to the long ones. Running jobs never outnumber the budget, so each gets a token at
-        least. A chunk ends at the next mark at the latest. Proposals take what is left when
-        each has its token, before the chunks do. Empty: nothing runs.
+    def plan(self, beside: int | None = None) -> list[Part]:
+        """The next step: a token for every decode, then chunks of prompts, shared by weight.
+
+        beside  tokens of long prompts that may go beside answers at most, 0: of no prompt; None:
+                all of the budget
+
+        Shares let a short prompt pass a long one: what the short ones leave over goes to the
+        long ones. Running jobs never outnumber the budget, so each gets a token at least (long
+        prompts of `beside`, while it lasts). A chunk ends at the next mark at the latest. Proposals
+        take what is left when each has its token, before the chunks do. Empty: nothing runs.
         """
         parts = []
         spare = self.chunk_tokens - len(self.running)
@@ -140,21 +182,41 @@ class Scheduler:
                 drafted = min(job.drafted, spare)
                 parts.append(Part(job, job.done, 1 + drafted, True, drafted))
                 spare -= drafted
-        budget = self.chunk_tokens - sum(part.count for part in parts)
         readers = [job for job in self.running if job.reading]
-        readers.sort(key=lambda job: job.prompt_tokens - job.done)
+        budget = self.chunk_tokens - sum(part.count for part in parts)
+        paced = budget if beside is None or not parts else min(budget, beside)
+        if paced == 0:
+            return parts
+        readers.sort(key=lambda job: (job.prompt_tokens - job.done) / job.weight)
+        weight = sum(job.weight for job in readers)
         for index, job in enumerate(readers):
-            share = -(-budget // (len(readers) - index))
+            behind = len(readers) - index - 1  # each of them gets a token at least
+            share = max(1, min(math.ceil(budget * job.weight / weight), budget - behind))
+            weight -= job.weight
+            if job.prompt_tokens - job.done > SHORT_TOKENS:
+                share = min(share, paced)
+                paced -= share
+            if share == 0:
+                continue
             end = min(job.prompt_tokens, job.done + share)
+            if job.scored:
+                end = min(end, job.done + SCORED_TOKENS)
             end = min([end, *(mark for mark in job.marks if job.done < mark)])
-            parts.append(Part(job, job.done, end - job.done, end == job.prompt_tokens))
-            budget -= end - job.done
+            count, ends = end - job.done, end == job.prompt_tokens
+            parts.append(Part(job, job.done, count, ends, scored=job.scored))
+            budget -= count
         return parts
 
     def commit(self, part: Part, refused: int = 0) -> None:
         """The part ran: its tokens are in the cache, but for the last `refused` proposals."""
         assert part.start == part.job.done and 0 <= refused <= part.drafted
         part.job.done += part.count - refused
+        self._serve(part.job, part.count)
+
+    def _serve(self, job: Job, tokens: int) -> None:
+        self._clocks[job.flow] += tokens / job.weight
+        behind = min(self._clocks[other.flow] for other in self.running)
+        self._now = max(self._now, behind)
 
     def remove(self, job: Job) -> None:
         """Forget a job, waiting or running: it is finished or aborted."""
@@ -162,3 +224,5 @@ class Scheduler:
             self.running.remove(job)
         else:
             self.waiting.remove(job)
+        if all(other.flow != job.flow for other in (*self.running, *self.waiting)):
+            del self._clocks[job.flow]  # what it has had is remembered while it is busy

@@ -109,7 +109,13 @@ class Speculator:
         drafts = run.draft.tokens[: part.drafted]
 
         def draw(logits_V: Tensor, index: int) -> Token:
-            return sample(logits_V, Draw(sampling, seed, job.generated + index), self._model.ops)
+            # Rows are drawn in order, and each drawn token is kept: the walk never goes back.
+            allowed = None if run.walk is None else run.walk.allowed()
+            where = Draw(sampling, seed, job.generated + index)
+            token = sample(logits_V, where, self._model.ops, allowed)
+            if run.walk is not None and token.id not in run.stop_ids:
+                run.walk.accept(token.id)
+            return token
 
         tokens, error = choose(rows, drafts, draw, run.stop_ids)
         right = 0

@@ -77,13 +77,17 @@ def differences(
     sequence, first = cache.open(), len(request.prompt) - 1
     cache.reserve(sequence, len(ids))
     found: list[Difference] = []
+    walk = request.constraint.start() if request.constraint is not None else None
     with torch.inference_mode():
         for start, end in _pieces(len(ids) if given else 0, first, chunk_tokens):
             wanted = end - start if start >= first else 0
             rows = model(Batch.of([(sequence, ids[start:end])], cache, [wanted]), cache).logits
             for index, logits_V in enumerate(rows, start - first):
                 draw = Draw(request.sampling, completion.finish.seed, index)
-                expected = sample(logits_V, draw, model.ops).id
+                allowed = None if walk is None else walk.allowed()
+                if walk is not None and index < len(completion.ids):
+                    walk.accept(given[index])
+                expected = sample(logits_V, draw, model.ops, allowed).id
                 if expected != given[index]:
                     gap = _gap(logits_V, draw, given[index])
                     found.append(Difference(index, given[index], expected, gap))

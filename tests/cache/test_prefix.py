@@ -60,7 +60,7 @@ def test_names_say_everything_before_them(seed: int) -> None:
         other = list(ids)
         other[changed] += 1
         assert common_pages(chain, name_pages(other, (b"m",))) == min(4, changed // 128)
-    assert name_pages(ids, (b"m",), chain[:3]) == chain
+    assert name_pages(ids, (b"m",), chain=chain[:3]) == chain
     assert name_pages(ids[:127], (b"m",)) == []
 
 

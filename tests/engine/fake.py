@@ -125,13 +125,14 @@ class FakeModel:
         assert layer.entries is not None and layer.tail is not None
         entries, ring = layer.entries.rows, layer.ring.rows
         window = range(max(0, sequence.length - 127), sequence.length)
-        before = [int(ring[sequence.slot, at % ring.shape[1], 0]) for at in window]
+        places = [at % ring.shape[1] for at in window]
+        before = [int(token) for token in ring[sequence.slot, places, 0].tolist()]
         for at, token in enumerate(ids, sequence.length):
             entries[sequence.pages[at // 128], at % 128 // 4, at % 4] = token
             ring[sequence.slot, at % ring.shape[1], 0] = token
         end = sequence.length + len(ids)
         pages = entries[sequence.pages[: -(-end // 128)], :, :4]
-        text = [int(token) for token in pages.flatten()[:end]]
+        text = [int(token) for token in pages.flatten()[:end].tolist()]
         assert text[sequence.length :] == ids, "another sequence wrote here"
         assert before == text[window.start : window.stop], "the window is not this text's"
         return text

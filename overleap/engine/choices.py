@@ -1,0 +1,55 @@
+"""Which compressed blocks the indexer chose for a token: noted on the way, for pictures.
+
+Not how they are chosen (model/indexer.py). Read next: request.py, `Chosen`.
+
+The op `index_topk` of every layer that chooses is wrapped from outside, as a mesh would wrap a
+built model; what it returns is noted and passed on untouched.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
+
+from torch import Tensor
+
+from overleap.engine.request import Chosen
+from overleap.kernels.spec import Ops
+from overleap.model.transformer import Transformer
+
+
+class Choices:
+    """The choices of a model's last step. Made once for a model."""
+
+    def __init__(self, model: Transformer) -> None:
+        self._ratios: dict[int, int] = {}
+        self._chosen: dict[int, Tensor] = {}
+        for number, block in enumerate(model.layers):
+            attention = cast(Any, block).attn
+            if attention.indexer is None:
+                continue
+            self._ratios[number] = attention.ratio
+            noted = partial(self._note, number, attention.ops.index_topk)
+            wrapped = SimpleNamespace(**{**vars(attention.ops), "index_topk": noted})
+            attention.ops = cast(Ops, wrapped)
+
+    def _note(self, layer: int, choose: Callable[..., Tensor], *given: Any) -> Tensor:
+        chosen_TK = choose(*given)
+        self._chosen[layer] = chosen_TK
+        return chosen_TK
+
+    def forget(self) -> None:
+        """Before a step: layers that see few blocks do not choose, and leave nothing."""
+        self._chosen.clear()
+
+    def of(self, row: int, tokens: int) -> tuple[Chosen, ...]:
+        """What the last step chose for its packed token `row`, of a text of so many tokens."""
+        found = []
+        for layer, ratio in self._ratios.items():
+            visible = tokens // ratio
+            if layer in self._chosen:
+                entries = tuple(sorted(e for e in self._chosen[layer][row].tolist() if e >= 0))
+            else:
+                entries = tuple(range(visible))
+            found.append(Chosen(layer, visible, entries))
+        return tuple(found)

@@ -1,0 +1,340 @@
+"""The engine in its thread, the requests in their event loop, and what goes between.
+
+Not here: text (turns.py), who may ask (auth.py). Read next: engine/engine.py.
+
+One thread owns the engine and steps it while there is work. Coroutines put commands into a queue,
+which the thread empties before every step: so a request that nobody waits for any more is out of
+the engine within one step. Events come back in one call per step.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol
+
+from overleap.engine.request import Event, Finish, Handle, Progress, Request, Stats
+from overleap.server.refusals import overloaded
+
+log = logging.getLogger("overleap.server")
+
+SMOOTH = 0.1  # weight of the latest request in what one takes
+
+
+class Steps(Protocol):
+    """What the bridge needs of an engine."""
+
+    def submit(self, request: Request) -> Handle: ...
+    def abort(self, handle: Handle) -> None: ...
+    def step(self) -> bool: ...
+    def stats(self) -> Stats: ...
+
+
+@dataclass(eq=False)
+class Generation:
+    """A request that the engine has. Belongs to the loop.
+
+    read    prompt tokens read so far; cached: of those, found and not computed
+    began   when it left the queue, None before
+    finish  its last event, once it is there
+    """
+
+    request: Request
+    bridge: "Bridge"
+    handle: Handle | None = None
+    submitted: float = field(default_factory=time.monotonic)
+    began: float | None = None
+    read: int = 0
+    cached: int = 0
+    finish: Finish | None = None
+    _coming: deque[Event] = field(default_factory=deque)
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def events(self) -> AsyncIterator[Event]:
+        """The events as they come, up to Finish."""
+        while True:
+            while self._coming:
+                event = self._coming.popleft()
+                yield event
+                if isinstance(event, Finish):
+                    return
+            self._news.clear()
+            await self._news.wait()
+
+    def cancel(self) -> None:
+        """Take it out of the engine before its next step. Twice is harmless."""
+        if self.finish is None:
+            self.bridge.cancel(self)
+
+    async def ended(self) -> Finish:
+        """Wait for the last event, whoever reads the events."""
+        while self.finish is None:
+            self._news.clear()
+            await self._news.wait()
+        return self.finish
+
+    def take(self, events: list[Event]) -> None:
+        """Events from the engine's thread, in the loop."""
+        for event in events:
+            if isinstance(event, Progress):
+                self.began = self.began or time.monotonic()
+                self.read, self.cached = event.done, event.cached
+            elif isinstance(event, Finish):
+                self.finish = event
+        self._coming.extend(events)
+        self._news.set()
+
+
+class Bridge:
+    """Owns the engine's thread. All methods are the loop's.
+
+    make          opens the engine, in the thread that will use it, and closes it at the end
+    slots         requests that the engine serves at once
+    queue         requests, queue_tokens: prompt tokens that may wait for it
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], AbstractContextManager[Steps]],
+        *,
+        slots: int,
+        queue: int,
+        queue_tokens: int,
+    ) -> None:
+        self._make = make
+        self._engine: Steps
+        self._slots, self._queue, self._queue_tokens = slots, queue, queue_tokens
+        self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._live: dict[str, Generation] = {}
+        self._handles: dict[str, tuple[Handle, Generation]] = {}  # the thread's own
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._opened: asyncio.Future[None] | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._each_s: float | None = None  # seconds in the engine of a request, lately
+        self._rate: float | None = None  # prompt tokens read a second, lately
+        self._delivered, self._unread_before = 0.0, 0
+        self.stopping = False
+        self.failures = 0
+
+    async def start(self) -> None:
+        """Begin to serve, in the running loop. Raises what opening the engine raises."""
+        self._loop = asyncio.get_running_loop()
+        self._opened = self._loop.create_future()
+        self._thread.start()
+        await self._opened
+
+    async def stop(self) -> None:
+        """End the thread. Requests still there get no more events."""
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    # -- admission
+
+    @property
+    def running(self) -> int:
+        """Requests that have a place in the engine."""
+        return sum(one.began is not None for one in self._live.values())
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._live) - self.running
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Prompt tokens of the requests in the queue."""
+        return sum(len(o.request.prompt) for o in self._live.values() if o.began is None)
+
+    def expected_wait_s(self, prompt_tokens: int) -> float:
+        """Seconds until the first token of a prompt that came now, as far as one can tell.
+
+        It has its turn when one of the places is free, and all that is waiting has been read.
+        """
+        unread = sum(len(one.request.prompt) - one.read for one in self._live.values())
+        reading = (unread + prompt_tokens) / self._rate if self._rate else 0.0
+        ahead = len(self._live) + 1 - self._slots
+        turns = max(0, ahead) * self._each_s / self._slots if self._each_s else 0.0
+        return reading + turns
+
+    def admit(self, prompt_tokens: int, requests: int, wait_s: float) -> None:
+        """Raise Refusal (503) where the queue is full or the wait too long."""
+        if self.stopping:
+            raise overloaded("the server is about to stop", 5)
+        expected = self.expected_wait_s(prompt_tokens)
+        busy = len(self._live) >= self._slots
+        if busy and self.waiting + requests > self._queue:
+            raise overloaded(f"{self.waiting} requests are waiting already", expected)
+        if busy and self.waiting_tokens + prompt_tokens > self._queue_tokens:
+            raise overloaded(f"{self.waiting_tokens} prompt tokens are waiting already", expected)
+        if self._live and expected > wait_s:
+            raise overloaded(
+                f"the first token would come after {expected:.1f} s, {wait_s:.1f} s are the most",
+                expected - wait_s,
+            )
+
+    # -- requests
+
+    async def submit(self, request: Request) -> Generation:
+        """Hand a request to the engine. Raises what `Engine.submit` raises."""
+        assert self._loop is not None
+        loop, generation = self._loop, Generation(request, self)
+        answer: asyncio.Future[Handle] = loop.create_future()
+
+        def command() -> None:
+            try:
+                handle = self._engine.submit(request)
+            except BaseException as error:
+                loop.call_soon_threadsafe(_fail, answer, error)
+                return
+            self._handles[request.id] = handle, generation
+            loop.call_soon_threadsafe(_give, answer, handle)
+
+        self._live[request.id] = generation
+        self._commands.put(command)
+        try:
+            generation.handle = await asyncio.shield(answer)
+        except asyncio.CancelledError:
+            self.cancel(generation)
+            raise
+        except BaseException:
+            self._live.pop(request.id, None)
+            raise
+        return generation
+
+    def cancel(self, generation: Generation) -> None:
+        """Have it aborted before the next step."""
+        name = generation.request.id
+
+        def command() -> None:
+            found = self._handles.get(name)
+            if found is not None:
+                self._engine.abort(found[0])
+
+        self._commands.put(command)
+
+    def cancel_all(self) -> None:
+        """Have everything aborted."""
+        for generation in list(self._live.values()):
+            generation.cancel()
+
+    async def ask(self, question: Callable[[Any], Any]) -> Any:
+        """The answer of the engine's thread, between two steps."""
+        assert self._loop is not None
+        loop = self._loop
+        answer: asyncio.Future[Any] = loop.create_future()
+
+        def command() -> None:
+            try:
+                loop.call_soon_threadsafe(_give, answer, question(self._engine))
+            except BaseException as error:
+                loop.call_soon_threadsafe(_fail, answer, error)
+
+        self._commands.put(command)
+        return await answer
+
+    # -- the thread
+
+    def _run(self) -> None:
+        assert self._loop is not None and self._opened is not None
+        try:
+            with self._make() as engine:
+                self._engine = engine
+                self._loop.call_soon_threadsafe(_give, self._opened, None)
+                self._serve()
+        except BaseException as error:
+            if self._opened.done():
+                log.critical("the engine's thread has ended", exc_info=error)
+                raise
+            self._loop.call_soon_threadsafe(_fail, self._opened, error)
+
+    def _serve(self) -> None:
+        busy = False
+        while True:
+            try:
+                command = self._commands.get(block=not busy)
+            except Empty:
+                command = _nothing
+            while command is not None:
+                command()
+                try:
+                    command = self._commands.get_nowait()
+                except Empty:
+                    break
+            if command is None:
+                return
+            try:
+                busy = self._engine.step()
+            except Exception:
+                # Its requests have ended with errors; the engine itself goes on.
+                log.exception("a step of the engine failed")
+                self.failures += 1
+                busy = True
+            self._send()
+
+    def _send(self) -> None:
+        """Give the events of a step to the loop."""
+        news: list[tuple[Generation, list[Event]]] = []
+        for name, (handle, generation) in list(self._handles.items()):
+            if handle.events:
+                events = list(handle.events)
+                handle.events.clear()
+                news.append((generation, events))
+            if handle.finish is not None:
+                del self._handles[name]
+        if news:
+            assert self._loop is not None
+            try:
+                self._loop.call_soon_threadsafe(self._deliver, news)
+            except RuntimeError:  # the loop is closed: nobody waits
+                self._handles.clear()
+
+    def _deliver(self, news: list[tuple[Generation, list[Event]]]) -> None:
+        now, unread = time.monotonic(), self._unread
+        for generation, events in news:
+            generation.take(events)
+            if generation.finish is not None:
+                self._live.pop(generation.request.id, None)
+                self._learn(generation)
+        read = unread - self._unread
+        if read > 0 and unread == self._unread_before:
+            self._rate = _blend(self._rate, read / max(1e-4, now - self._delivered))
+        self._delivered, self._unread_before = now, self._unread
+
+    @property
+    def _unread(self) -> int:
+        """Prompt tokens that the engine has still to read."""
+        return sum(
+            len(one.request.prompt) - one.read
+            for one in self._live.values()
+            if one.began is not None and one.finish is None
+        )
+
+    def _learn(self, generation: Generation) -> None:
+        """What a request takes, for the next prediction."""
+        assert generation.finish is not None
+        usage = generation.finish.usage
+        if usage.generated_tokens:
+            self._each_s = _blend(self._each_s, usage.prefill_s + usage.decode_s)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _blend(old: float | None, new: float) -> float:
+    return new if old is None else old + SMOOTH * (new - old)
+
+
+def _give(answer: "asyncio.Future[Any]", value: Any) -> None:
+    if not answer.done():
+        answer.set_result(value)
+
+
+def _fail(answer: "asyncio.Future[Any]", error: BaseException) -> None:
+    if not answer.done():
+        answer.set_exception(error)

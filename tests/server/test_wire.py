@@ -1,0 +1,253 @@
+"""Over the wire: keys at every route, malformed requests, deadlines, leaving, draining."""
+
+import asyncio
+import json
+import random
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from overleap.server import app
+from overleap.server.auth import Access, revoke_key
+from tests.server import load
+from tests.server.live import NAME, Live, live, scripted
+
+LONG = "one two three four five six seven " * 60
+
+
+def script(prompt: str) -> str:
+    return LONG if "long" in prompt else "Yes."
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    folder = tmp_path_factory.mktemp("wire")
+    with live(
+        folder, scripted(script), needs_keys=True, header_s=1.0, body_s=1.0, idle_s=2.0,
+        body_bytes=100_000,
+    ) as running:  # fmt: skip
+        yield running
+
+
+def port_of(server: Live) -> int:
+    return int(server.url.rpartition(":")[2])
+
+
+def call(server: Live, method: str, path: str, body: Any = None, key: str = "") -> tuple[int, Any]:
+    status, headers, raw = asyncio.run(load.send(port_of(server), method, path, body, key))
+    kind = headers.get("content-type", "")
+    return status, json.loads(raw) if kind.startswith("application/json") else raw
+
+
+def raw_call(server: Live, data: bytes, wait_s: float = 3.0) -> bytes:
+    """What a socket that sends these bytes reads until it is closed or nothing comes."""
+    with socket.create_connection(("127.0.0.1", port_of(server))) as connection:
+        connection.settimeout(wait_s)
+        found = b""
+        try:
+            connection.sendall(data)
+            while piece := connection.recv(65536):
+                found += piece
+        except (TimeoutError, ConnectionError):
+            pass
+        return found
+
+
+def test_every_route_asks_for_the_key_that_it_declares(server: Live) -> None:
+    plain, admin = server.key("standard"), server.key("admin")
+    revoked = server.key("standard", user="gone")
+    revoke_key(server.database, revoked)
+    routes = app._routes(server.service, None)  # type: ignore[arg-type]
+    for route in routes:
+        path = route.path.replace("{model:path}", NAME)
+        for key, known, is_admin in (
+            ("", False, False), ("ol-wrong", False, False), (revoked, False, False),
+            (plain, True, False), (admin, True, True),
+        ):  # fmt: skip
+            if route.access is Access.PUBLIC and route.path == "/openapi.json":
+                continue
+            status, _ = call(server, route.method, path, {} if route.takes else None, key)
+            wanted = route.access is Access.PUBLIC or (
+                known and (is_admin or route.access is Access.KEY)
+            )
+            refused = 403 if known else 401
+            assert (status == refused) != wanted, (route.method, path, key[:6], status)
+
+
+def test_the_table_is_all_there_is(server: Live) -> None:
+    key = server.key("admin")
+    status, described = call(server, "GET", "/openapi.json")
+    assert status == 200 and len(described["paths"]) > 25
+    for path in ("/docs", "/redoc", "/v1/embeddings", "//v1/models", "/v1/../v1/models",
+                 "/v1/models/../../status",
+                 "/%2e%2e/etc/passwd", "/v1/chat/completions/"):  # fmt: skip
+        status, body = call(server, "GET", path, key=key)
+        assert status in (404, 405), path
+        assert body["error"]["message"]
+
+
+def test_three_hundred_malformed_requests_break_nothing(server: Live, seed: int) -> None:
+    draw = random.Random(seed)
+    key = server.key()
+    good = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {key}\r\n"
+        "Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+    ).encode()
+    post = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+    known = [
+        b"\r\n\r\n", b"\x00" * 50, b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\xff\xfe" * 40,
+        b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        post + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef",
+        post + b"Content-Length: -1\r\n\r\n",
+        post + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\nabc",
+        post + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+        post + b"Transfer-Encoding: chunked\r\n\r\nFFFFFFFFFFFFFFFF\r\n",
+        b"GET / HTTP/1.1\r\nX: " + b"a" * 40_000 + b"\r\n\r\n",
+        b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET http://evil.example/ HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n", b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: http://evil.example\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n",
+        good.replace(b"{}", b"[]"), good.replace(b"{}", b"\xff\xff"), good.replace(b"{}", b'"x'),
+        good.replace(b"application/json", b"text/plain"), good[:-1],
+    ]  # fmt: skip
+    answers = []
+    for number in range(300):
+        if number < len(known):
+            data = known[number]
+        else:
+            mutated = bytearray(draw.choice([*known, good]))
+            for _ in range(draw.randint(1, 8)):
+                place = draw.randrange(len(mutated))
+                mutated[place : place + draw.randint(0, 3)] = draw.randbytes(draw.randint(0, 3))
+            data = bytes(mutated)
+        answers.append(raw_call(server, data[:60_000], wait_s=0.15))
+    statuses = [int(found.split()[1]) for found in answers if found.startswith(b"HTTP/1.1 ")]
+    assert [status for status in statuses if status >= 500 and status not in (501, 505)] == []
+    assert not any(b"Traceback" in found for found in answers)
+    assert call(server, "GET", "/readyz")[0] == 200
+    body = {"model": NAME, "messages": [{"role": "user", "content": "x"}]}
+    assert call(server, "POST", "/v1/chat/completions", body, key)[0] == 200
+
+
+def test_slow_heads_slow_bodies_and_idle_connections_are_closed(server: Live) -> None:
+    head = f"POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {server.key()}\r\n"
+    typed = head + "Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
+    idle = b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    for data, most_s in ((b"GET / HTT", 2.0), (typed.encode(), 2.0), (idle, 3.5)):
+        began = time.monotonic()
+        with socket.create_connection(("127.0.0.1", port_of(server))) as connection:
+            connection.settimeout(6)
+            connection.sendall(data)
+            try:
+                while connection.recv(65536):
+                    pass
+            except ConnectionError:
+                pass
+        assert time.monotonic() - began < most_s, data[:20]
+
+
+def test_large_bodies_are_refused_unread(server: Live) -> None:
+    key = server.key()
+    status, body = call(server, "POST", "/tokenize", {"prompt": "a" * 150_000}, key)
+    assert status == 413 and "100000 bytes are the most" in body["error"]["message"]
+    status, body = call(
+        server, "POST", "/v1/messages",
+        {"model": NAME, "max_tokens": 1, "messages": [{"role": "user", "content": "a" * 150_000}]},
+        key,
+    )  # fmt: skip
+    assert status == 413 and body["type"] == "error"
+
+
+def test_a_client_that_leaves_frees_its_place_within_a_step(server: Live, seed: int) -> None:
+    draw, key = random.Random(seed), server.key()
+
+    async def leave() -> None:
+        told = await load.ask(
+            port_of(server), "long\n", 400, leave_after=draw.randint(0, 5), key=key, model=NAME
+        )
+        assert told.status == 200
+
+    async def many() -> None:
+        for _ in range(25):
+            await asyncio.gather(*(leave() for _ in range(8)))
+
+    asyncio.run(many())
+    deadline = time.monotonic() + 5
+    while server.service.everyone.running or server.service.bridge.running:
+        assert time.monotonic() < deadline, "a request is still there"
+        time.sleep(0.01)
+    assert server.service.bridge.waiting == 0
+    stats = server.service.bridge.ask(lambda engine: engine.stats())
+    told = asyncio.run_coroutine_threadsafe(stats, server.loop).result(5)
+    assert told.generated_tokens < told.finished * 100, "answers went on without their readers"
+    assert (
+        server.service.reports.standing(server.service.auth.identify(key)).requests_at_once == 64
+    ), "the books still count a request that is gone"
+
+
+def test_silence_is_broken_by_comments(tmp_path: Path) -> None:
+    def slow(prompt: str) -> str:
+        time.sleep(0.7)
+        return "Yes."
+
+    with live(tmp_path, scripted(slow), silence_s=0.2) as server:
+        told = asyncio.run(load.ask(port_of(server), "x", 3, model=NAME))
+        assert told.comments >= 2 and told.ending == "done"
+
+
+def test_a_server_that_is_told_to_stop_ends_every_stream_properly(tmp_path: Path) -> None:
+    with live(tmp_path, scripted(script, delay_s=0.02), drain_s=1.5) as server:
+
+        async def streams() -> list[load.Told]:
+            asked = [
+                asyncio.ensure_future(load.ask(port_of(server), f"{n} long\n", 400, model=NAME))
+                for n in range(8)
+            ]
+            await asyncio.sleep(0.4)
+            server.stop()
+            await asyncio.sleep(0.2)
+            refused = await load.ask(port_of(server), "late", 3, model=NAME)
+            assert refused.status == 503
+            return await asyncio.gather(*asked)
+
+        began = time.monotonic()
+        told = asyncio.run(streams())
+    assert time.monotonic() - began < 8
+    assert all(one.ending in ("done", "error") for one in told), [one.ending for one in told]
+    assert any(one.ending == "error" for one in told), "the streams were too short to be cut"
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_process_in_time() -> None:
+    with load.served("--drain-seconds", "2") as server:
+
+        async def streams() -> list[load.Told]:
+            asked = [
+                asyncio.ensure_future(load.ask(server.port, f"x {n}", 4000, stop_ids=[]))
+                for n in range(8)
+            ]
+            await asyncio.sleep(2)
+            server.process.send_signal(signal.SIGTERM)
+            return await asyncio.gather(*asked)
+
+        began = time.monotonic()
+        told = asyncio.run(streams())
+        assert server.process.wait(20) == 0
+        took = time.monotonic() - began
+    assert all(one.ending in ("done", "error") for one in told)
+    assert took < 2 + 2 + 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_thousand_requests_leave_nothing_behind(seed: int) -> None:
+    with load.served() as server:
+        found = asyncio.run(load.soak(server, seed, requests=2000, warm_up=500))
+    print(found)
+    assert found.growth_bytes < 20e6 and abs(found.descriptors) <= 2 and found.open_after == 0
