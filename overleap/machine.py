@@ -1,8 +1,11 @@
 """How much memory this process has and may still take, the control group's limit included.
 
+Also its processor and cores, as far as the system tells.
+
 Not here: what a run needs (cache/layout.py, engine/budget.py). No torch.
 """
 
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -133,3 +136,23 @@ def _room(folder: Path, limit_name: str, use_name: str, droppable: str) -> int |
     except (OSError, ValueError):
         return None
     return int(limit) - used + int(stat.get(droppable, 0))
+
+
+def cpu_info() -> dict[str, str]:
+    """First value of every key in /proc/cpuinfo; empty where there is none."""
+    info: dict[str, str] = {}
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return info
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        info.setdefault(key.strip(), value.strip())
+    return info
+
+
+def cores() -> int:
+    """Logical cores that this process may use."""
+    if sys.platform != "linux":
+        return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))

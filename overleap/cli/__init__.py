@@ -1,11 +1,38 @@
 """The command `overleap`: each command a few lines that call a room.
 
 The only room that may read the environment. Read next: talk.py (ask, chat, generate), demo.py,
-tools.py (logits, conform, version), models.py (checkpoints), kept.py (prefixes on disk), bench.py,
-accounts.py (keys and usage of the server), screen.py (the terminal).
+tools.py (logits, conform, version), models.py (checkpoints), kept.py (prefixes on disk), plan.py,
+compare.py and calibrate.py, bench.py, doctor.py, accounts.py (keys and usage of the server),
+screen.py (the terminal).
 """
 
-from overleap.cli import accounts, bench, demo, kept, models, talk, tools
+from overleap.cli import (
+    accounts,
+    bench,
+    calibrate,
+    compare,
+    demo,
+    doctor,
+    kept,
+    models,
+    plan,
+    talk,
+    tools,
+)
 from overleap.cli.app import app, main
 
-__all__ = ["accounts", "app", "bench", "demo", "kept", "main", "models", "talk", "tools"]
+__all__ = [
+    "accounts",
+    "app",
+    "bench",
+    "calibrate",
+    "compare",
+    "demo",
+    "doctor",
+    "kept",
+    "main",
+    "models",
+    "plan",
+    "talk",
+    "tools",
+]

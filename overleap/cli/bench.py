@@ -4,6 +4,7 @@ Not here: the measuring (eval/speed.py, eval/geometry.py), the record (eval/reco
 picture (eval/plot.py).
 """
 
+import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from overleap.cli.app import CacheKind, Json, app, cache_format_of
 from overleap.errors import RequestError
 from overleap.machine import peak_resident_bytes, size
 
+V32 = "v3.2"  # of --versus: no program but a generation
 Results = Annotated[Path, typer.Option(help="Folder of the record.")]
 Save = Annotated[bool, typer.Option(help="Add the record to the folder.")]
 Measured = Annotated[
@@ -29,7 +31,8 @@ Peers = Annotated[
     list[str] | None,
     typer.Option(
         help="Compare with `transformers` or `llama.cpp` in the same run; NAME:8192 asks it "
-        "for no more than 8192 tokens. May be repeated."
+        "for no more than 8192 tokens. May be repeated. Or `v3.2`: the attention of --geometry "
+        "and of V3.2 at the same width."
     ),
 ]
 
@@ -86,7 +89,7 @@ def bench(
         return
     if depth and to is not None:
         raise RequestError("--depth and --to both say how deep", "give one of them")
-    if plot and (geometry is not None or not save):
+    if plot and (geometry is not None or versus or not save):
         raise RequestError(
             "--plot draws the saved record of a run by depth",
             "leave out --no-save and --geometry",
@@ -94,6 +97,11 @@ def bench(
     backends = backend or ["auto"]
     settings = _settings(backends, threads, seed)
     output = _Output(results, save, plot, as_json)
+    if versus and V32 in versus:
+        if versus != [V32]:
+            raise RequestError(f"--versus is {', '.join(versus)}", f"{V32} stands alone")
+        _generations(geometry, context, backends, settings, output)
+        return
     if geometry is not None:
         _geometry(geometry, context, backends, settings, output)
         return
@@ -161,6 +169,7 @@ def _speed(
                 native=native(backend),
                 progress=bar,
             )
+        settings["config"] = json.dumps(built.config.to_dict())  # `overleap plan` learns from it
         del built  # before the next one is opened
     settings["model"] = name
     numbers = rows_of(found)
@@ -243,6 +252,20 @@ def _geometry(
     settings |= {"geometry": name, "context_tokens": tokens}
     columns = ("backend", "part of a decode step", "layers", "time", "cache bytes read", "GB/s")
     _report("geometry", screen.Shown(title, columns, rows), numbers, settings, None, output)
+
+
+def _generations(
+    geometry: str | None,
+    tokens: int,
+    backends: list[str],
+    settings: dict[str, Any],
+    output: _Output,
+) -> None:
+    """The attention of V4 and of V3.2, measured."""
+    from overleap.cli.generations import versus_previous
+
+    shown, numbers, settings = versus_previous(geometry, tokens, backends, settings)
+    _report("generations", screen.Shown(*shown), numbers, settings, None, output)
 
 
 def _report(

@@ -29,7 +29,8 @@ from overleap.cli.app import (
     app,
     text_of,
 )
-from overleap.cli.kept import Keeping
+from overleap.cli.kept import Keeping, default_folder
+from overleap.cli.preflight import preflight
 from overleap.cli.room import Room, open_front
 from overleap.cli.session import open_session
 from overleap.errors import OverleapError, StateError
@@ -66,6 +67,7 @@ def ask(
     from overleap.engine.request import Sampling
 
     room, keeping = Room.of(cache, memory, verify), Keeping.of(keep, cache_dir, cache_space)
+    preflight(None if keeping is None else keeping.folder or default_folder())
     text, front = "\n\n".join(text_of(name).rstrip() for name in files), open_front(model)
     prompt = ask_prompt(text, question, front.profile, thinking=thinking, effort=effort)
     room.expect_text(front, prompt.text, max_tokens)

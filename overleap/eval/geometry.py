@@ -29,7 +29,7 @@ FILL_ROWS = 1 << 16
 class Part:
     """One op over all layers of a kind, in one decode step of one sequence.
 
-    step_s      median over the repeats of the time for all `layers` layers
+    step_s      of the repeats, the median time for all `layers` layers (or as `pick` says)
     read_bytes  of cache rows that the step must read for it
     """
 
@@ -61,12 +61,16 @@ def geometry(
     tokens: int,
     *,
     repeats: int = 3,
+    pick: Callable[[list[float]], float] = statistics.median,
+    clock: Callable[[], float] = time.perf_counter,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Geometry:
     """Fill the caches of all layers with `tokens` tokens and time the attention of one step.
 
     tokens  a multiple of 128
+    pick    of the times of the repeats, the one that is told
+    clock   seconds; time.process_time where one thread computes and others share its core
     Raises CapacityError when the cache does not fit into what is free.
     """
     pages = layout.pages_for(tokens)
@@ -90,13 +94,13 @@ def geometry(
     for layer in cache.layers:
         layer.ring.rows[0] = bank[: layer.ring.per_page]
     spans = Spans.of([(tokens - 1, 1, 0, list(range(pages)))], torch.device("cpu"))
-    step = _Step(config, ops, cache.layers, spans, bank, generator)
+    step = _Step(config, ops, cache.layers, spans, bank, generator, clock)
     return Geometry(
         tokens,
         cache.pool.nbytes,
         layout.bytes_per_token(config, CacheFormat.RELEASE),
         len(config.layer_kinds) * config.sliding_window * bank.shape[1],
-        step.measure(repeats),
+        step.measure(repeats, pick),
     )
 
 
@@ -119,8 +123,9 @@ class _Step:
         spans: Spans,
         bank: Tensor,
         generator: torch.Generator,
+        clock: Callable[[], float],
     ) -> None:
-        self.config, self.ops, self.spans = config, ops, spans
+        self.config, self.ops, self.spans, self.clock = config, ops, spans, clock
         kinds = config.layer_kinds
         self.of = {
             kind: [x for x, k in zip(layers, kinds, strict=False) if k is kind]
@@ -137,8 +142,8 @@ class _Step:
         self.chosen = torch.randperm(visible, generator=generator)[None, :count]
         self.index_weight = torch.randn(1, config.index_n_heads, generator=generator)
 
-    def measure(self, repeats: int) -> tuple[Part, ...]:
-        """Median time of every part, each over all its layers."""
+    def measure(self, repeats: int, pick: Callable[[list[float]], float]) -> tuple[Part, ...]:
+        """The picked time of every part, each over all its layers."""
         config, entry = self.config, self.fresh.shape[-1]
         context = self.spans.start[0] + 1
         csa, hca = self.of[LayerKind.CSA], self.of[LayerKind.HCA]
@@ -148,14 +153,20 @@ class _Step:
         if csa:
             assert csa[0].keys is not None
             scan = context // 4 * csa[0].keys.rows.shape[-1]
-            found.append(self._time("index scan (CSA)", csa, scan, repeats, self._index))
+            found.append(self._time("index scan (CSA)", csa, scan, repeats, pick, self._index))
             gathered = window + chosen * entry
-            found.append(self._time("gather attention (CSA)", csa, gathered, repeats, self._gather))
+            found.append(
+                self._time("gather attention (CSA)", csa, gathered, repeats, pick, self._gather)
+            )
         if hca:
             dense = window + context // 128 * entry
-            found.append(self._time("dense attention (HCA)", hca, dense, repeats, self._dense))
+            found.append(
+                self._time("dense attention (HCA)", hca, dense, repeats, pick, self._dense)
+            )
         if sliding := self.of[LayerKind.SLIDING]:
-            found.append(self._time("window attention", sliding, window, repeats, self._window))
+            found.append(
+                self._time("window attention", sliding, window, repeats, pick, self._window)
+            )
         return tuple(found)
 
     def _time(
@@ -164,17 +175,18 @@ class _Step:
         layers: list[LayerCache],
         read_bytes: int,
         repeats: int,
+        pick: Callable[[list[float]], float],
         call: Callable[[LayerCache], object],
     ) -> Part:
         times = []
         with torch.inference_mode():
             call(layers[0])  # the first call allocates
             for _ in range(repeats):
-                began = time.perf_counter()
+                began = self.clock()
                 for layer in layers:
                     call(layer)
-                times.append(time.perf_counter() - began)
-        return Part(name, len(layers), statistics.median(times), read_bytes * len(layers))
+                times.append(self.clock() - began)
+        return Part(name, len(layers), pick(times), read_bytes * len(layers))
 
     def _index(self, layer: LayerCache) -> Tensor:
         assert layer.keys is not None

@@ -8,7 +8,6 @@ import math
 import os
 import platform
 import subprocess
-import sys
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 from overleap import __version__
 from overleap.errors import OverleapError
+from overleap.machine import cores, cpu_info
 
 FORMAT = "overleap.record/1"
 Scalar = str | int | float | bool | None
@@ -148,7 +148,7 @@ def read(path: str | Path) -> list[Record]:
 
 def machine(device: str | torch.device = "cpu") -> Machine:
     """This machine, as far as it tells."""
-    info = _cpu_info()
+    info = cpu_info()
     # x86 calls them flags, Arm features; Arm kernels do not name the model.
     present = set((info.get("flags") or info.get("Features") or "").split())
     where = torch.device(device)
@@ -159,7 +159,7 @@ def machine(device: str | torch.device = "cpu") -> Machine:
         name = where.type
     return Machine(
         cpu=info.get("model name") or platform.processor() or platform.machine(),
-        cores=_cores(),
+        cores=cores(),
         memory_bytes=_memory_bytes(),
         instructions=tuple(flag for flag in _TELLING if flag in present),
         torch_level=torch.backends.cpu.get_cpu_capability(),
@@ -184,25 +184,6 @@ def commit() -> str | None:
 def _git(root: Path, *arguments: str) -> str:
     command = ["git", "-C", str(root), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-
-
-def _cpu_info() -> dict[str, str]:
-    """First value of every key in /proc/cpuinfo; empty where there is none."""
-    info: dict[str, str] = {}
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return info
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        info.setdefault(key.strip(), value.strip())
-    return info
-
-
-def _cores() -> int:
-    if sys.platform != "linux":
-        return os.cpu_count() or 1
-    return len(os.sched_getaffinity(0))
 
 
 def _load() -> float | None:

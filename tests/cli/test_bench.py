@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from overleap import kernels
 from overleap.cli import app
-from overleap.errors import BackendError, CapacityError, ConfigError, OverleapError
+from overleap.errors import BackendError, CapacityError, ConfigError, OverleapError, RequestError
 from overleap.eval import record as records
 from overleap.kernels.spec import OP_NAMES
 
@@ -158,3 +158,21 @@ def test_what_cannot_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("overleap.eval.geometry.free_bytes", lambda: 10**9)
     with pytest.raises(CapacityError, match=r"takes 3\.4 GiB, 953\.7 MiB is free"):
         bench("--geometry", "v4-flash")
+
+
+def test_both_generations_are_measured(tmp_path: Path) -> None:
+    both = ("--backend", "torch", "--backend", "cpu")
+    shown = bench("--versus", "v3.2", "--geometry", "v4-flash", "--context", 4096, *both,
+                  "--results", tmp_path, "--json")  # fmt: skip
+    record = json.loads(shown.stdout)
+    assert record["subject"] == "generations" and record["settings"]["geometry"] == "v4-flash"
+    rows = record["numbers"]
+    assert [row["backend"] for row in rows] == ["torch", "cpu"]
+    for row in rows:
+        assert row["cache_ratio"] == row["cache_ratio_computed"]
+        assert row["time_ratio"] == row["v32_step_s"] / row["step_s"]
+    assert (tmp_path / "generations.jsonl").exists()
+    with pytest.raises(RequestError, match="--context is 1000"):
+        bench("--versus", "v3.2", "--context", 1000)
+    with pytest.raises(RequestError, match=r"--versus is v2"):
+        bench("--versus", "v2")
