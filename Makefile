@@ -33,6 +33,7 @@ $(STAMP): requirements.lock pyproject.toml $(NATIVE)
 	$(BIN)/python -m pip install --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/python -c 'from overleap.kernels import shortfall; print(shortfall() or "native kernels are built")'
 	@touch $@
 
 demo: $(STAMP) ## read a long document with the bundled model and answer questions (TOKENS=N)

@@ -17,7 +17,6 @@ from overleap.cli.app import CacheKind, Json, app, cache_format_of
 from overleap.errors import RequestError
 from overleap.machine import peak_resident_bytes, size
 
-V32 = "v3.2"  # of --versus: no program but a generation
 Results = Annotated[Path, typer.Option(help="Folder of the record.")]
 Save = Annotated[bool, typer.Option(help="Add the record to the folder.")]
 Measured = Annotated[
@@ -31,8 +30,7 @@ Peers = Annotated[
     list[str] | None,
     typer.Option(
         help="Compare with `transformers` or `llama.cpp` in the same run; NAME:8192 asks it "
-        "for no more than 8192 tokens. May be repeated. Or `v3.2`: the attention of --geometry "
-        "and of V3.2 at the same width."
+        "for no more than 8192 tokens. May be repeated. Or `v3.2`: attention at --geometry alone."
     ),
 ]
 
@@ -97,10 +95,8 @@ def bench(
     backends = backend or ["auto"]
     settings = _settings(backends, threads, seed)
     output = _Output(results, save, plot, as_json)
-    if versus and V32 in versus:
-        if versus != [V32]:
-            raise RequestError(f"--versus is {', '.join(versus)}", f"{V32} stands alone")
-        _generations(geometry, context, backends, settings, output)
+    if versus and "v3.2" in versus:
+        _generations(versus, geometry, context, backends, settings, output)
         return
     if geometry is not None:
         _geometry(geometry, context, backends, settings, output)
@@ -116,10 +112,12 @@ def bench(
 
 
 def _settings(backends: list[str], threads: int | None, seed: int) -> dict[str, Any]:
-    """What every record says of how it was measured. A backend that cannot serve raises here."""
+    """What every record says of how it was measured. A backend that cannot serve, or that serves
+    an op wrongly, raises here."""
     import torch
 
     from overleap.kernels import table
+    from overleap.kernels.conformance import refuse_red
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -131,6 +129,8 @@ def _settings(backends: list[str], threads: int | None, seed: int) -> dict[str, 
         "seed": seed,
     }
     for name in backends:
+        screen.note(f"proving the ops of {name}")
+        refuse_red(name)
         who: dict[str, list[str]] = {}
         for line in table(name):
             who.setdefault(line.backend, []).append(line.op)
@@ -255,6 +255,7 @@ def _geometry(
 
 
 def _generations(
+    versus: list[str],
     geometry: str | None,
     tokens: int,
     backends: list[str],
@@ -264,8 +265,10 @@ def _generations(
     """The attention of V4 and of V3.2, measured."""
     from overleap.cli.generations import versus_previous
 
+    if len(versus) > 1:
+        raise RequestError(f"--versus names {', '.join(versus)}", "v3.2 stands alone")
     shown, numbers, settings = versus_previous(geometry, tokens, backends, settings)
-    _report("generations", screen.Shown(*shown), numbers, settings, None, output)
+    _report("generations", shown, numbers, settings, None, output)
 
 
 def _report(

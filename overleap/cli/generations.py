@@ -9,12 +9,10 @@ from typing import Any
 from overleap.cli import screen
 from overleap.errors import RequestError
 
-Shown = tuple[str, tuple[str, ...], list[tuple[object, ...]]]
-
 
 def versus_previous(
     geometry: str | None, context: int, backends: list[str], settings: dict[str, Any]
-) -> tuple[Shown, list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[screen.Shown, list[dict[str, Any]], dict[str, Any]]:
     """Measure; returns the table (title, columns, rows), and a record's numbers and settings.
 
     geometry  whose width and depth both have: v4-pro (that of V3.2) where it is not given
@@ -62,7 +60,7 @@ def versus_previous(
     columns = ("backend", "context", "cache", "ratio (computed)", "time", "ratio",
                "of FLOPs, of FP8 FLOPs")  # fmt: skip
     return (
-        (title, columns, rows),
+        screen.Shown(title, columns, rows),
         numbers,
         settings
         | {

@@ -182,7 +182,7 @@ def open_session(
     from overleap.checkpoint.manifest import read_manifest
     from overleap.engine.engine import Engine
     from overleap.engine.resident import Resident
-    from overleap.kernels import native
+    from overleap.kernels import native, shortfall
 
     form = room.cache_format
     with screen.bar("verifying weights", "B") as bar:
@@ -195,6 +195,8 @@ def open_session(
     digest = "" if manifest is None else manifest.digest
     disk = None if keeping is None else open_disk(context, digest, keeping)
     fits = room.fit(model.config, tokens, native=native(), weights=lying.weights)
+    if why := shortfall():
+        screen.note(why)
     screen.note(_prediction(fits, lying.weights, tokens, room.second_bytes(model.config, tokens)))
     resident = None
     if fits.expert_bytes < lying.weights.expert_bytes:

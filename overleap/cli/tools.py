@@ -8,7 +8,7 @@ import math
 import secrets
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,9 @@ from overleap import __version__
 from overleap.cli import screen
 from overleap.cli.app import CacheKind, Json, Seed, app, cache_format_of, text_of
 from overleap.errors import RequestError
+
+if TYPE_CHECKING:
+    from overleap.kernels.conformance import Ceilings, Verdict
 
 
 @app.command()
@@ -66,19 +69,26 @@ def conform(
     backend: Annotated[str, typer.Option(help="Kernel backend to prove.")] = "torch",
     op: Annotated[list[str] | None, typer.Option(help="Only these ops.")] = None,
     seed: Seed = None,
-    timed: Annotated[bool, typer.Option(help="Also measure GB/s.")] = False,
+    timed: Annotated[
+        bool, typer.Option("--timed", help="Also measure, against this machine's own ceilings.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's choice else.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Hold every op of a backend against its definition.
+    """Hold every op of a backend against its definition, and its speed against the machine.
 
-    Example: `overleap conform --backend torch --op attend --op index_topk`
+    Example: `overleap conform --backend cpu --op attend --op index_topk --timed --threads 2`
     """
     import torch
 
     from overleap.kernels import select
     from overleap.kernels.conformance import conform as run
+    from overleap.kernels.conformance.ceilings import ceilings
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     seed = secrets.randbelow(2**31) if seed is None else seed
+    best = ceilings() if timed else None
     with screen.bar("proving", "ops") as bar:
         verdicts = run(
             select(backend), torch.device("cpu"), seed=seed, only=op, timed=timed, progress=bar
@@ -86,25 +96,66 @@ def conform(
     failed = [v for v in verdicts if not v.passed]
     if as_json:
         screen.put_json(
-            {"backend": backend, "seed": seed, "verdicts": [_plain(asdict(v)) for v in verdicts]}
+            {
+                "backend": backend,
+                "seed": seed,
+                "threads": torch.get_num_threads(),
+                "ceilings": None if best is None else asdict(best),
+                "verdicts": [_facts(v, best) for v in verdicts],
+            }
         )
     else:
-        rows = []
-        for v in verdicts:
-            speed = v.gigabytes_per_second
-            result = "ok" if v.passed else f"FAILED {v.reason or ''}".rstrip()
-            allowed = f"{v.error:.2g} of {v.tolerance:.2g}"
-            rows.append((v.op, v.case, result, allowed, f"{speed:.1f}" if speed else ""))
-        columns = ("op", "case", "result", "error", "GB/s")
-        screen.put_table(f"{backend}, seed {seed}", columns, rows)
+        title = f"{backend}, seed {seed}, {torch.get_num_threads()} threads"
+        screen.put_table(title, _COLUMNS[: 7 if best else 4], [_cells(v, best) for v in verdicts])
+        if best is not None:
+            print(_of_the_machine(best))
         print(f"{len(verdicts) - len(failed)} of {len(verdicts)} cases passed")
     if failed:
         raise typer.Exit(1)
 
 
-def _plain(verdict: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no infinity: an error that no number can say is null, the reason stands beside."""
-    return verdict | {"error": verdict["error"] if math.isfinite(verdict["error"]) else None}
+_COLUMNS = ("op", "case", "result", "error", "GB/s", "Gop/s", "of the ceiling")
+
+
+def _cells(v: "Verdict", best: "Ceilings | None") -> tuple[str, ...]:
+    """A verdict for people."""
+    result = "ok" if v.passed else f"FAILED {v.reason or ''}".rstrip()
+    cells = (v.op, v.case, result, f"{v.error:.2g} of {v.tolerance:.2g}")
+    if best is None:
+        return cells
+    share = v.share(best)
+    if share is None:
+        return (*cells, "", "", "")
+    return (
+        *cells,
+        f"{v.gigabytes_per_second:,.2f}",
+        f"{v.gigaops_per_second:,.1f}",
+        f"{100 * share[0]:.0f} % of {share[1]}",
+    )
+
+
+def _facts(v: "Verdict", best: "Ceilings | None") -> dict[str, Any]:
+    """A verdict for a program. JSON knows no infinity: an error that no number can say is null, the
+    reason stands beside."""
+    facts = asdict(v)
+    must = facts.pop("cost") or {"bytes": None, "operations": None, "unit": None}
+    share = None if best is None else v.share(best)
+    return facts | {
+        "error": v.error if math.isfinite(v.error) else None,
+        **must,
+        "gigabytes_per_s": v.gigabytes_per_second,
+        "gigaops_per_s": v.gigaops_per_second,
+        "share": share and share[0],
+        "ceiling": share and share[1],
+    }
+
+
+def _of_the_machine(best: "Ceilings") -> str:
+    """The ceilings in one line."""
+    rates = [f"read {best.read.per_s / 1e9:,.1f} GB/s ({best.read.how})"]
+    for unit, rate in (("f32", best.f32), ("bf16", best.bf16), ("int8", best.int8)):
+        rates.append(f"{unit} {rate.per_s / 1e9:,.0f} Gop/s" if rate else f"{unit} none")
+    return f"ceilings of {best.device}, {best.threads} threads: " + ", ".join(rates)
 
 
 @app.command()

@@ -20,7 +20,9 @@ def compare(
     """Measure; returns the table, and a record's numbers, settings and word on the weights."""
     from overleap.eval.peers.versus import VERSUS_DEPTHS, Contender, versus
     from overleap.eval.speed import open_folder
+    from overleap.kernels.conformance.ceilings import ceilings
 
+    limits = ceilings("cpu", settings["threads"])
     ours = [Contender(f"overleap {backend}", "overleap", backend) for backend in backends]
     others = [Contender.peer(text) for text in peers]
     with open_folder(model, settings["seed"]) as (folder, name, weights):
@@ -33,9 +35,16 @@ def compare(
             decode_tokens=settings["decode_steps"],
             chunk_tokens=settings["chunk_tokens"],
             seed=settings["seed"],
+            limits=limits,
             told=screen.note,
         )
     settings = settings | {"model": name, "rounds": rounds}
+    for kind, rate in (
+        ("read_bytes", limits.read),
+        ("bf16_op", limits.bf16),
+        ("int8_op", limits.int8),
+    ):
+        settings[f"ceiling_{kind}_per_s"] = None if rate is None else rate.per_s
     for program, fact in found.facts.items():
         settings[f"version_of_{program}"] = fact
     for program, difference in found.apart.items():

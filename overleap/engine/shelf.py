@@ -18,7 +18,9 @@ from overleap.errors import OverleapError
 
 READERS = 4  # threads: so many reads wait at the disk at a time
 READ_BYTES = 2**20  # asked of the disk at a time
-HALF_LIFE = 64.0  # tokens after which a use counts half
+# Tokens after which a use counts half. On the routing of the bundled model 256 keeps most; 16 to
+# 1024 find at most 3 of 100 uses less in memory, the least recently used to go first 6 less.
+HALF_LIFE = 256.0
 GONE, ASKED, COMING, HERE = range(4)
 
 

@@ -60,6 +60,14 @@ def native(wanted: str = "auto", device: str = "cpu") -> bool:
     )
 
 
+def shortfall(device: str = "cpu") -> str | None:
+    """Why what is made for this type of device serves nothing, in one sentence; None if it does."""
+    rows = [row for row in table("auto", device) if row.op not in LEFT_TO_TORCH]
+    if not PREFERRED.get(device) or any(row.backend in PREFERRED[device] for row in rows):
+        return None
+    return f"the torch backend serves every op: {rows[0].reason}"
+
+
 def _decide(wanted: str, device: str) -> tuple[dict[str, Any], list[Served]]:
     line = PREFERRED.get(device, ()) if wanted == "auto" else (wanted,)
     found: dict[str, Any] = {}
@@ -71,7 +79,7 @@ def _decide(wanted: str, device: str) -> tuple[dict[str, Any], list[Served]]:
         except BackendError as error:
             if wanted != "auto":
                 raise
-            why = {op: reason or f"{name}: {error}" for op, reason in why.items()}
+            why = {op: reason or f"{name}: {error.message}" for op, reason in why.items()}
             continue
         for op in OP_NAMES:
             if op not in found and op in having:

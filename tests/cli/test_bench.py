@@ -174,5 +174,5 @@ def test_both_generations_are_measured(tmp_path: Path) -> None:
     assert (tmp_path / "generations.jsonl").exists()
     with pytest.raises(RequestError, match="--context is 1000"):
         bench("--versus", "v3.2", "--context", 1000)
-    with pytest.raises(RequestError, match=r"--versus is v2"):
-        bench("--versus", "v2")
+    with pytest.raises(RequestError, match=r"v3\.2, transformers"):
+        bench("--versus", "v3.2", "--versus", "transformers")

@@ -1,4 +1,4 @@
-"""Wrong copies of sample and orthogonalise, each with one mistake that a port could make.
+"""Wrong copies of sample and orthogonalise, and of ops at the edges of the formats.
 
 Used by test_conformance.py, which holds that every one of them is caught.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from overleap.kernels import select
-from overleap.kernels.spec import Choice
+from overleap.kernels.spec import Choice, Pool, RowFormat, Weight
 from overleap.kernels.torch import orthogonalise as newton_schulz
 
 GOOD = select("torch")
@@ -93,4 +93,58 @@ CHOOSING: dict[str, tuple[str, Callable[..., Any], str]] = {
     "log-probabilities of what is allowed": ("sample", of_the_allowed, ""),
     "singular values not settled": ("orthogonalise", ends_fast, ""),
     "zeros divided by zero": ("orthogonalise", divided_by_zero, "NaN"),
+}
+
+
+def near(scale: Tensor) -> Tensor:
+    """Scale bytes as a decoder with few bits would take them."""
+    return scale.clamp(100, 150)
+
+
+def near_weights(x: Tensor, weight: Weight, *rest: Any) -> Tensor:
+    """Packed weights of extreme scales are off."""
+    if weight.scale is None:
+        return GOOD.matmul(x, weight, *rest)
+    scale = near(weight.scale.view(torch.uint8)).view(torch.float8_e8m0fnu)
+    return GOOD.matmul(x, Weight(weight.data, scale), *rest)
+
+
+def without_subnormals(x: Tensor, weight: Weight, *rest: Any) -> Tensor:
+    """The smallest codes of e4m3, below 2^-6, count as zero."""
+    if weight.data.dtype is torch.float8_e4m3fn:
+        data = weight.data.view(torch.uint8)
+        data = data.masked_fill((data & 0x78) == 0, 0).view(torch.float8_e4m3fn)
+        weight = Weight(data, weight.scale)
+    return GOOD.matmul(x, weight, *rest)
+
+
+def near_rows(rows: Tensor, format: RowFormat) -> Tensor:
+    """The same of cache rows."""
+    if format.kind == "wide":
+        return rows
+    rows = rows.clone()
+    first = format.width // 2 if format.kind == "key" else format.width + format.rope
+    scales = rows[..., first:]
+    rows[..., first:] = torch.where((scales == 0) | (scales == 255), scales, near(scales))
+    return rows
+
+
+def near_entries(q: Tensor, fresh: Tensor, ring: Pool, *rest: Any) -> Result:
+    return GOOD.attend(q, near_rows(fresh, ring.format), ring, *rest)
+
+
+def near_keys(q: Tensor, weight: Tensor, keys: Pool, *rest: Any) -> Tensor:
+    return GOOD.index_topk(q, weight, Pool(near_rows(keys.rows, keys.format), keys.format), *rest)
+
+
+def near_quantize(x: Tensor, row: RowFormat) -> Tensor:
+    return near_rows(GOOD.quantize(x, row), row)
+
+
+EXTREME: dict[str, tuple[str, Callable[..., Any], str]] = {
+    "weights of extreme scales": ("matmul", near_weights, ""),
+    "subnormal codes are zero": ("matmul", without_subnormals, ""),
+    "rows of extreme scales": ("attend", near_entries, ""),
+    "keys of extreme scales": ("index_topk", near_keys, "exact order"),
+    "extreme scales written": ("quantize", near_quantize, "rows differ"),
 }

@@ -17,12 +17,12 @@ from torch import Tensor
 from overleap.errors import BackendError
 from overleap.kernels import select
 from overleap.kernels.composed import Assembled
-from overleap.kernels.conformance import RULES, Verdict, conform, op_names
+from overleap.kernels.conformance import RULES, Ceilings, Rate, Verdict, conform, op_names
 from overleap.kernels.conformance.exact import index_scores, nearest, scale_of
 from overleap.kernels.spec import Ops, Pool
 from overleap.kernels.torch import quant
 from tests.kernels.coarse_mutants import COARSE
-from tests.kernels.mutants import CHOOSING
+from tests.kernels.mutants import CHOOSING, EXTREME
 
 GOOD = select("torch")
 
@@ -272,6 +272,7 @@ MUTANTS: dict[str, tuple[str, Callable[..., Any], str]] = {
     ),
     **CHOOSING,
     **COARSE,
+    **EXTREME,
 }
 
 
@@ -308,7 +309,15 @@ def test_unknown_op_is_refused() -> None:
 def test_timing_is_for_right_ops_only(seed: int) -> None:
     timed = [v for v in conform(GOOD, seed=seed, only=["hc_post"], timed=True) if v.seconds]
     assert timed and all((v.gigabytes_per_second or 0) > 0 for v in timed)
-    assert all(v.bytes and v.bytes > 4096 * 64 * 2 for v in timed)
+    assert all(v.cost and v.cost.bytes > 4096 * 64 * 2 for v in timed)
+    slow, fast = Rate(1e9, ""), Rate(1e15, "")
+    light = Ceilings("cpu", 1, slow, slow, None, None)
+    for v in timed:
+        assert v.cost is not None and v.seconds is not None
+        least = v.cost.operations / 1e9 / v.seconds
+        assert v.share(replace(light, read=fast)) == (pytest.approx(least), "f32")
+        least = v.cost.bytes / 1e9 / v.seconds
+        assert v.share(replace(light, f32=fast)) == (pytest.approx(least), "read")
     transposed = altered("hc_post", MUTANTS["the mix transposed"][1])
     assert not any(v.seconds for v in conform(transposed, seed=seed, only=["hc_post"], timed=True))
 

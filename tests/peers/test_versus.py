@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from overleap.cache.layout import CacheFormat
 from overleap.cli import app
 from overleap.errors import OverleapError, RequestError
 from overleap.eval import record as records
-from overleap.eval.cost import prefill_flops
+from overleap.eval.cost import decode_bytes, prefill_flops
 from overleap.eval.peers import versus as module
 from overleap.eval.peers.versus import Cell, Comparison, Contender, answers, versus
+from overleap.kernels.conformance.ceilings import Ceilings, Rate
 from tests.checkpoints import random_tensors, tiny_config, write_checkpoint
 from tests.peers.installed import needs
 
@@ -51,7 +53,12 @@ def test_rows_are_medians_and_factors(seed: int) -> None:
         ("other", 10): Cell([8.0], [0.8], 5, 9),
         ("broken", 10): Cell(error="out of memory"),
     }
-    ours, other, broken = Comparison(config, cells, {}, {}, {}).rows()
+    flops, read = prefill_flops(config, 10), decode_bytes(config, 10, CacheFormat.RELEASE)
+    limits = Ceilings("cpu", 1, Rate(read * 10.0, ""), Rate(1.0, ""), Rate(flops * 2.0, ""), None)
+    ours, other, broken = Comparison(config, cells, {}, {}, {}, limits).rows()
+    # A step of 0.2 s where reading takes 0.1 s; a text in 2 s where products take half a second.
+    assert ours["decode_floor_share"] == pytest.approx(0.5)
+    assert ours["prefill_bf16_share"] == pytest.approx(0.25)
     assert ours["prefill_tokens_per_s"] == 5 and ours["decode_tokens_per_s"] == 5
     assert ours["decode_slowest_s"] == 0.4 and "prefill_factor" not in ours
     assert ours["prefill_flop_per_s"] == prefill_flops(config, 10) / 2

@@ -26,6 +26,7 @@ from overleap.eval.cost import decode_bytes, prefill_flops
 from overleap.eval.peers.gguf import write_gguf
 from overleap.eval.peers.program import Floats, Task
 from overleap.eval.record import Scalar
+from overleap.kernels.conformance.ceilings import Ceilings
 
 PEERS = ("transformers", "llama.cpp")
 VERSUS_DEPTHS = (2048, 8192)
@@ -82,6 +83,7 @@ class Comparison:
     facts     program -> its version and how it computes
     apart     program -> largest difference to the first program's log-probabilities
     same_best program -> share of compared places with the same likeliest token
+    limits    what the machine can do at best, to give shares of it
     """
 
     config: ModelConfig
@@ -89,6 +91,7 @@ class Comparison:
     facts: dict[str, str]
     apart: dict[str, float]
     same_best: dict[str, float]
+    limits: Ceilings | None = None
 
     def rows(self) -> list[dict[str, Scalar]]:
         """As a record keeps them: medians, and factors of the first program over each other."""
@@ -111,6 +114,7 @@ class Comparison:
                 "base_bytes": cell.base_bytes,
                 "peak_process_bytes": cell.peak_bytes,
             }
+            row |= self._shares(depth, prefill, step)
             if cell.together_s:
                 together = TOGETHER / statistics.median(cell.together_s)
                 row["together_tokens_per_s"] = together
@@ -121,6 +125,18 @@ class Comparison:
                 row["decode_factor"] = step / statistics.median(base.steps_s)
             rows.append(row)
         return rows
+
+    def _shares(self, depth: int, prefill_s: float, step_s: float) -> dict[str, Scalar]:
+        """Of the speed of light: of bf16 products while reading, of memory while writing."""
+        limits = self.limits
+        if limits is None:
+            return {}
+        least_s = decode_bytes(self.config, depth, CacheFormat.RELEASE) / limits.read.per_s
+        shares: dict[str, Scalar] = {"decode_floor_share": least_s / step_s}
+        if limits.bf16 is not None:
+            done = prefill_flops(self.config, depth) / prefill_s
+            shares["prefill_bf16_share"] = done / limits.bf16.per_s
+        return shares
 
 
 class _Process:
@@ -181,6 +197,7 @@ def versus(
     decode_tokens: int = 16,
     chunk_tokens: int = 512,
     seed: int = 0,
+    limits: Ceilings | None = None,
     told: Told | None = None,
 ) -> Comparison:
     """Let every program read the same random text to each depth and write on from there.
@@ -188,6 +205,7 @@ def versus(
     contenders     the first is what the others are compared with
     rounds         how often each reading is made, unless it is a long one (REPEAT_UNDER_S)
     decode_tokens  greedy steps after each reading; rates are of the median step
+    limits         of this machine, for shares of them
     told           called with a line for people before each reading
     A program that fails at a depth has the reason in its cell and is not asked for deeper ones.
     Raises OverleapError where a program cannot be started at all.
@@ -223,6 +241,7 @@ def versus(
         {name: f"{p.facts['version']}: {p.facts['manner']}" for name, p in processes.items()},
         apart,
         same_best,
+        limits,
     )
 
 

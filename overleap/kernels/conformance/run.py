@@ -3,10 +3,12 @@
 Not here: which cases (cases.py, sequences.py) and what is right (exact.py, compare.py).
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import chain, cycle
 from typing import Any
 
 import torch
@@ -16,8 +18,11 @@ from torch.overrides import TorchFunctionMode
 from overleap.errors import BackendError
 from overleap.kernels.conformance import cases, choosing, coarse, sequences
 from overleap.kernels.conformance.cases import Case, Cases
+from overleap.kernels.conformance.ceilings import Ceilings, last_cache_bytes
 from overleap.kernels.conformance.compare import Finding, wrong
 from overleap.kernels.conformance.draw import Draw
+from overleap.kernels.conformance.edges import EDGES
+from overleap.kernels.cost import Cost, cost
 from overleap.kernels.spec import Ops
 
 CASES: dict[str, Cases] = {
@@ -49,6 +54,7 @@ CASES: dict[str, Cases] = {
     "hc_pre_norm": coarse.hc_pre_norm,
 }
 REPEATS, ENOUGH_S = 15, 0.3  # of a timed case: the median of up to 15 runs within 0.3 s
+COPIES_BYTES = 1 << 30  # at most, of the arguments of a timed case
 
 
 @dataclass(frozen=True)
@@ -57,10 +63,10 @@ class Verdict:
 
     error      largest |got - exact| / size over the results; inf where no number can say it
     tolerance  largest error allowed; 0 where every bit counts
-    seconds    median of one call, for the cases meant for timing, if they were asked for and the
-               op is right; a wrong op is not timed
-    bytes      that a call must move, for GB/s; None where not timed
     reason     what is wrong beyond the error: shape, NaN, an exception, an input that changed
+    seconds    median of one call whose inputs are in no cache, for the cases meant for timing, if
+               they were asked for and the op is right; a wrong op is not timed
+    cost       bytes that a call must move and operations it must do; None where not timed
     """
 
     op: str
@@ -68,16 +74,40 @@ class Verdict:
     passed: bool
     error: float
     tolerance: float
-    seconds: float | None = None
-    bytes: int | None = None
     reason: str | None = None
+    seconds: float | None = None
+    cost: Cost | None = None
 
     @property
     def gigabytes_per_second(self) -> float | None:
         """Bytes moved over time, in 10^9 bytes a second."""
-        if self.seconds is None or self.bytes is None:
+        if self.seconds is None or self.cost is None:
             return None
-        return self.bytes / self.seconds / 1e9
+        return self.cost.bytes / self.seconds / 1e9
+
+    @property
+    def gigaops_per_second(self) -> float | None:
+        """Operations over time, in 10^9 a second."""
+        if self.seconds is None or self.cost is None:
+            return None
+        return self.cost.operations / self.seconds / 1e9
+
+    def share(self, ceilings: Ceilings) -> tuple[float, str] | None:
+        """Of the ceiling that binds, and its name: `read`, or the unit of the products.
+
+        The least time is that of the bytes or that of the operations, whichever is more; the share
+        is the least time over the time taken. None where not timed.
+        """
+        if self.seconds is None or self.cost is None:
+            return None
+        unit = self.cost.unit
+        rate = {"f32": ceilings.f32, "bf16": ceilings.bf16, "int8": ceilings.int8}[unit]
+        if rate is None:
+            rate, unit = ceilings.f32, "f32"
+        reading = self.cost.bytes / ceilings.read.per_s
+        counting = self.cost.operations / rate.per_s
+        bound = unit if counting > reading else "read"
+        return max(reading, counting) / self.seconds, bound
 
 
 def op_names() -> list[str]:
@@ -92,6 +122,7 @@ def conform(
     seed: int,
     only: list[str] | None = None,
     timed: bool = False,
+    enough_s: float = math.inf,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Verdict]:
     """Try every op of a backend on random and on awkward inputs.
@@ -99,6 +130,7 @@ def conform(
     seed      draws the inputs; print it, so that a failure can be repeated
     only      names of ops; all by default
     timed     add large cases, and time them where the op passed everything
+    enough_s  take no further case of an op after this long
     progress  called with ops done and ops in all
     Raises BackendError for a name in `only` that is no op. A wrong op is a verdict, not an error.
     """
@@ -112,24 +144,25 @@ def conform(
             progress(done, len(wanted))
         # Each op has its own stream of numbers: `only` repeats a failure of the whole run.
         draw = Draw(seed + 1000 * list(CASES).index(name), torch.device(device))
-        verdicts += _try(ops, name, draw, timed)
+        verdicts += _try(ops, name, draw, timed, enough_s)
     if progress:
         progress(len(wanted), len(wanted))
     return verdicts
 
 
-def _try(ops: Ops, name: str, draw: Draw, timed: bool) -> list[Verdict]:
+def _try(ops: Ops, name: str, draw: Draw, timed: bool, enough_s: float) -> list[Verdict]:
     op = getattr(ops, name, None)
     verdicts, large = [], []
-    for case in CASES[name](draw, timed):
+    ended = time.perf_counter() + enough_s
+    for case in chain(EDGES[name](draw, timed) if name in EDGES else (), CASES[name](draw, timed)):
         found = _judge(op, case)
         label = f"{case.name} {str(case.dtype).removeprefix('torch.')}"
         passed = found.error <= case.tolerance
-        verdicts.append(
-            Verdict(name, label, passed, found.error, case.tolerance, reason=found.reason)
-        )
+        verdicts.append(Verdict(name, label, passed, found.error, case.tolerance, found.reason))
         if timed and case.moved:
             large.append((len(verdicts) - 1, case))
+        if time.perf_counter() > ended:
+            break
     if all(verdict.passed for verdict in verdicts):
         for index, case in large:
             verdicts[index] = _timed(op, case, verdicts[index], draw.device)
@@ -157,23 +190,42 @@ def _timed(
     op: Callable[..., Any] | None, case: Case, verdict: Verdict, device: torch.device
 ) -> Verdict:
     assert op is not None
+    must = cost(case.op, case.args)
     times: list[float] = []
     with torch.inference_mode():
+        turns = cycle(_copies(case.args, must.bytes))
+        op(*next(turns))
         while len(times) < REPEATS and sum(times) < ENOUGH_S:
+            args = next(turns)
             began = time.perf_counter()
-            op(*case.args)
+            op(*args)
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
             times.append(time.perf_counter() - began)
-    return Verdict(
-        verdict.op,
-        verdict.case,
-        verdict.passed,
-        verdict.error,
-        verdict.tolerance,
-        statistics.median(times),
-        case.moved,
-    )
+    return replace(verdict, seconds=statistics.median(times), cost=must)
+
+
+def _copies(args: tuple[Any, ...], moved: int) -> list[tuple[Any, ...]]:
+    """Arguments to call with in turn, so many that no cache still holds those that come next."""
+    held = sum(tensor.nbytes for tensor in _tensors(args))
+    wanted = 1 + 2 * max(last_cache_bytes(), 32 << 20) // max(1, moved)
+    return [args] + [_copied(args) for _ in range(min(wanted, COPIES_BYTES // max(1, held)) - 1)]
+
+
+def _copied(value: Any) -> Any:
+    """The same with tensors of its own."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(item) for item in value)
+    if (
+        is_dataclass(value)
+        and not isinstance(value, type)
+        and next(_tensors(value), None) is not None
+    ):
+        parts = {field.name: _copied(getattr(value, field.name)) for field in fields(value)}
+        return replace(value, **parts)
+    return value
 
 
 class Poison(TorchFunctionMode):

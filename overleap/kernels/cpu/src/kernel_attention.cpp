@@ -204,16 +204,24 @@ void finish(
 // -- A block by one thread, or by all of them.
 
 template <class X, class E>
-Rows<X, E>& rows_of_this_thread() {
-    static thread_local Rows<X, E> mine;
+struct Room {
+    Rows<X, E> rows;
+    Sums sums, part;
+    std::vector<Sums> parts;  // of a block that is shared
+};
+
+// Opaque to the compiler, which would look the thread's address up again for every use.
+template <class X, class E>
+[[gnu::noipa]] Room<X, E>& room() {
+    static thread_local Room<X, E> mine;
     return mine;
 }
 
 template <class X, class E>
 void attend_block(const Attention& a, const Block& block) {
-    static thread_local Sums of_this_thread[2];
-    Sums &sums = of_this_thread[0], &part = of_this_thread[1];
-    Rows<X, E>& rows = rows_of_this_thread<X, E>();
+    Room<X, E>& my = room<X, E>();
+    Rows<X, E>& rows = my.rows;
+    Sums &sums = my.sums, &part = my.part;
     const int64_t width = Tile<E>::padded(a.width), parts = parts_of(a, block);
     rows.start(a, block);
     sums.start(block.queries(), width);
@@ -230,10 +238,8 @@ void attend_block(const Attention& a, const Block& block) {
 
 template <class X, class E>
 void share_block(const Attention& a, const Block& block) {
-    static thread_local Sums of_the_caller;
-    static thread_local std::vector<Sums> kept;
-    Sums& sums = of_the_caller;
-    std::vector<Sums>& part = kept;
+    Sums& sums = room<X, E>().sums;
+    std::vector<Sums>& part = room<X, E>().parts;
     const int64_t width = Tile<E>::padded(a.width), parts = parts_of(a, block);
     const int64_t wanted = (2 * a.threads + parts - 1) / parts;
     const int64_t shares = std::max<int64_t>(1, std::min(wanted, block.heads / kLeastHeads));
@@ -247,7 +253,7 @@ void share_block(const Attention& a, const Block& block) {
             own.head += i % shares * heads;
             own.heads = std::min(heads, block.heads - i % shares * heads);
             part[i].start(own.queries(), width);
-            Rows<X, E>& rows = rows_of_this_thread<X, E>();
+            Rows<X, E>& rows = room<X, E>().rows;
             rows.start(a, own);
             rows.part(low + i / shares, 0, block.tokens, part[i]);
         });

@@ -105,7 +105,7 @@ static inline bool decode_group(const uint8_t* code, uint8_t scale, float* out) 
 
 static inline void copy_rope(const uint8_t* stored, int64_t n, bf16* out) {
     int64_t i = 0;
-    for (; i + W <= n; i += W) std::memcpy(out + i, stored + 2 * i, 2 * W);
+    for (; i + 2 * W <= n; i += 2 * W) std::memcpy(out + i, stored + 2 * i, 4 * W);
     std::memcpy(out + i, stored + 2 * i, 2 * static_cast<size_t>(n - i));
 }
 
