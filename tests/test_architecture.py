@@ -68,7 +68,9 @@ PUBLIC = {"Engine", "ModelConfig", "Request", "Sampling", "__version__", "load"}
 
 FILE_SOFT_LINES, FILE_HARD_LINES, FUNCTION_LINES = 400, 600, 60
 # "file:function" -> why it may be longer. An entry that is no longer needed fails the test.
-LONG_FUNCTIONS: dict[str, str] = {}
+LONG_FUNCTIONS: dict[str, str] = {
+    "overleap/cli/serve.py:serve": "half of it are the options of the command",
+}
 
 BANNED_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 BANNED_CALLS = {

@@ -127,12 +127,6 @@ def _routes(service: Service, app: FastAPI) -> list[Route]:
 
         return Route("POST", path, Access.KEY, handle, gives, takes)
 
-    async def models(http: HttpRequest, raw: bytes, customer: Customer) -> Response:
-        return texts.models(service, customer)
-
-    async def model(http: HttpRequest, raw: bytes, customer: Customer) -> Response:
-        return texts.model(service, http.path_params["model"], customer)
-
     async def page(http: HttpRequest, raw: bytes, customer: None) -> Response:
         return _page()
 
@@ -142,7 +136,6 @@ def _routes(service: Service, app: FastAPI) -> list[Route]:
     chat = (schema.ChatBody, schema.ChatAnswer)
     messages = (schema.MessagesBody, schema.MessagesAnswer)
     count = (schema.CountBody, schema.CountAnswer)
-    name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
     return [
         chat_route("chat", "/v1/chat/completions", *chat),
         chat_route("chat", "/chat/completions", *chat),
@@ -157,16 +150,29 @@ def _routes(service: Service, app: FastAPI) -> list[Route]:
         text("/anthropic/v1/messages/count_tokens", texts.count_tokens, *count),
         text("/tokenize", texts.tokenize, schema.TokenizeBody, schema.TokenizeAnswer),
         text("/detokenize", texts.detokenize, schema.DetokenizeBody, schema.DetokenizeAnswer),
-        Route("GET", "/v1/models", Access.KEY, models, schema.ModelList),
-        Route("GET", "/models", Access.KEY, models, schema.ModelList),
-        Route("GET", "/v1/models/{model:path}", Access.KEY, model, schema.ModelCard,
-              parameters=(name,)),
+        *_model_routes(service),
         Route("GET", "/", Access.PUBLIC, page),
         Route("GET", "/openapi.json", Access.PUBLIC, description, schema.Answer),
         *(
             replace(Route(*line), queries="/organization/" in line[1])
             for line in admin.routes(service)
         ),
+    ]  # fmt: skip
+
+
+def _model_routes(service: Service) -> list[Route]:
+    async def models(http: HttpRequest, raw: bytes, customer: Customer) -> Response:
+        return texts.models(service, customer)
+
+    async def model(http: HttpRequest, raw: bytes, customer: Customer) -> Response:
+        return texts.model(service, http.path_params["model"], customer)
+
+    name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+    return [
+        Route("GET", "/v1/models", Access.KEY, models, schema.ModelList),
+        Route("GET", "/models", Access.KEY, models, schema.ModelList),
+        Route("GET", "/v1/models/{model:path}", Access.KEY, model, schema.ModelCard,
+              parameters=(name,)),
     ]  # fmt: skip
 
 
