@@ -37,6 +37,7 @@ from overleap.checkpoint import (
     write_manifest,
 )
 from overleap.checkpoint.convert import parameters
+from overleap.checkpoint.table import Role
 from overleap.config import ModelConfig
 from overleap.errors import CapacityError, CheckpointError, ConfigError
 from overleap.kernels.spec import Weight
@@ -132,11 +133,10 @@ def test_load_keeps_packed_weights_packed(form: str, seed: int, tmp_path: Path) 
     folder = write_checkpoint(tmp_path / "model", config, tensors)
     placed = dict(load(folder).named_parameters())
     assert placed.keys() == tensors.keys()
+    table = tensor_table(config)
     for name, tensor in placed.items():
-        packed = tensors[name].dtype.itemsize == 1
-        integer = tensors[name].dtype is torch.int32
-        wanted = tensors[name] if packed or integer else tensors[name].float()
-        assert same(tensor, wanted), name
+        small = table[name].role is Role.SMALL
+        assert same(tensor, tensors[name].float() if small else tensors[name]), name
         assert not tensor.requires_grad
 
 

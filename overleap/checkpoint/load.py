@@ -68,9 +68,9 @@ def load(
     """A model ready to run, from a checkpoint in the official layout.
 
     path      a folder, `mini` for the bundled model, or a hub id `org/name`
-    dtype     of plain weights and activations; None: bf16, as the release runs, or f32 with `wide`.
-              Packed weights stay packed, and on the CPU what keeps its type is a view of the
-              mapped files
+    dtype     of plain weights and activations; None: that of the embedding as stored (bf16 in
+              releases), so that nothing is converted, or f32 with `wide`. Packed weights stay
+              packed; on the CPU what keeps its type is a view of the mapped files
     wide      unpack FP8 and FP4 weights to `dtype`: nothing is rounded, and memory grows
     verify    True reads every byte against the manifest, False sizes and headers only; None reads
               every byte up to 4 GiB, so that larger ones start in seconds (`overleap models verify`
@@ -127,7 +127,7 @@ def build(
 ) -> Transformer:
     """A model from an opened checkpoint; arguments as for load()."""
     if dtype is None:
-        dtype = torch.float32 if wide else torch.bfloat16
+        dtype = torch.float32 if wide else checkpoint.tensor("embed.weight").dtype
     model = Transformer(checkpoint.config, select(backend))
     model.assign({n: t.to(device) for n, t in _placed(checkpoint, dtype, wide)})
     return model

@@ -103,12 +103,24 @@ def bench(
         return
     settings |= {"cache": cache, "chunk_tokens": chunk, "decode_steps": decode}
     if versus:
-        from overleap.cli.versus import compare
-
-        shown = compare(model, depth, versus, rounds, backends, settings)
-        _report("versus", *shown, output)
+        _compare(model, depth, versus, rounds, backends, settings, output)
         return
     _speed(model, depth, to, backends, settings, output)
+
+
+def _compare(
+    model: str | None,
+    depth: list[int] | None,
+    versus: list[str],
+    rounds: int,
+    backends: list[str],
+    settings: dict[str, Any],
+    output: _Output,
+) -> None:
+    """Ours and other programs on one checkpoint."""
+    from overleap.cli.versus import compare
+
+    _report("versus", *compare(model, depth, versus, rounds, backends, settings), output)
 
 
 def _settings(backends: list[str], threads: int | None, seed: int) -> dict[str, Any]:
