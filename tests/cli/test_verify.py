@@ -76,9 +76,11 @@ def test_every_answer_of_the_demo_is_checked() -> None:
     assert said["predicted_peak_bytes"] > 0
 
 
-def unlikely(logits_V: Tensor, draw: Draw, ops: Ops) -> Token:
+def unlikely(logits_V: Tensor, draw: Draw, ops: Ops, allowed: bytes | None = None) -> Token:
     """A sampler that goes wrong at the second token of every answer."""
-    return Token(int(logits_V.argmin())) if draw.index == 1 else sample(logits_V, draw, ops)
+    if draw.index == 1:
+        return Token(int(logits_V.argmin()))
+    return sample(logits_V, draw, ops, allowed)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_every_route_with_every_key(database: Database, access: Access, kind: st
     error = AccessError if kind == "wrong tier" else AuthError
     with pytest.raises(error) as raised:
         auth.authorize(header, access)
-    assert key.rsplit("-", 1)[1] not in str(raised.value), "an error tells a secret"
+    assert key.split("-", 2)[2] not in str(raised.value), "an error tells a secret"
 
 
 def test_odd_headers_are_refused(lite: Database, seed: int) -> None:

@@ -286,9 +286,11 @@ def test_cancels_leave_nothing_open(database: Database, seed: int) -> None:
     assert check_books(database) == []
 
 
-def test_a_dead_owners_entries_are_refunded(database: Database, ledger: Ledger) -> None:
+def test_a_dead_owners_entries_are_refunded(
+    database: Database, ledger: Ledger, clock: Clock
+) -> None:
     customer = customer_of(database, concurrent_requests=2)
-    dead = Ledger(database)
+    dead = Ledger(database, clock=clock)
     left_open = dead.reserve(customer, 1000, 50)
 
     async def run() -> None:

@@ -123,7 +123,7 @@ def test_three_hundred_malformed_requests_break_nothing(server: Live, seed: int)
         else:
             mutated = bytearray(draw.choice([*known, good]))
             for _ in range(draw.randint(1, 8)):
-                place = draw.randrange(len(mutated))
+                place = draw.randint(0, len(mutated))
                 mutated[place : place + draw.randint(0, 3)] = draw.randbytes(draw.randint(0, 3))
             data = bytes(mutated)
         answers.append(raw_call(server, data[:60_000], wait_s=0.15))
@@ -185,7 +185,9 @@ def test_a_client_that_leaves_frees_its_place_within_a_step(server: Live, seed: 
     assert server.service.bridge.waiting == 0
     stats = server.service.bridge.ask(lambda engine: engine.stats())
     told = asyncio.run_coroutine_threadsafe(stats, server.loop).result(5)
-    assert told.generated_tokens < told.finished * 100, "answers went on without their readers"
+    # 400 tokens each, had they gone on. The scripted model writes thousands a second, so a busy
+    # machine notices a client's leave after some dozens.
+    assert told.generated_tokens < told.finished * 200, "answers went on without their readers"
     assert (
         server.service.reports.standing(server.service.auth.identify(key)).requests_at_once == 64
     ), "the books still count a request that is gone"
