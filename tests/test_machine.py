@@ -1,8 +1,8 @@
 """Free memory as the kernel tells it, with control groups of both versions made up in a folder."""
 
-from pathlib import mmap
+import mmap
+from pathlib import Path
 
-import Path
 import pytest
 
 from overleap import machine
