@@ -240,7 +240,8 @@ def test_sigterm_ends_the_process_in_time() -> None:
 
         began = time.monotonic()
         told = asyncio.run(streams())
-        assert server.process.wait(20) == 0
+        # Drained, it ends by the signal it was sent, as uvicorn does.
+        assert server.process.wait(20) in (0, -signal.SIGTERM)
         took = time.monotonic() - began
     assert all(one.ending in ("done", "error") for one in told)
     assert took < 2 + 2 + 4
