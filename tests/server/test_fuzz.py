@@ -43,7 +43,7 @@ def test_no_request_breaks_the_server_or_its_description(tmp_path: Path, seed: i
         r"([\d,]+) generated", done.stdout
     )
     assert cases is not None, done.stderr[-2000:]
-    # Its status is 1 as well when its own generators fail in one of its threads: what counts is that
-    # every case it made has passed.
+    # Its status is 1 as well when its own generators fail in a thread of its own: what counts is
+    # that every case it made has passed.
     passed = re.search(r"([\d,]+) generated, ([\d,]+) passed", done.stdout)
     assert passed is not None and passed[1] == passed[2], "schemathesis found something"
