@@ -46,9 +46,12 @@ class ScriptedModel(FakeModel):
         )
         self.script = script
         self.delay_s = 0.0
+        self.gate: threading.Semaphore | None = None  # a step takes one of it
         self._answers: dict[str, list[int]] = {}
 
     def __call__(self, *given: Any, **named: Any) -> Any:
+        if self.gate is not None:
+            self.gate.acquire()
         if self.delay_s:
             threading.Event().wait(self.delay_s)
         return super().__call__(*given, **named)
@@ -167,13 +170,21 @@ def live(
 
 
 def scripted(
-    script: Script, *, pages: int = 512, slots: int = 8, delay_s: float = 0.0
+    script: Script,
+    *,
+    pages: int = 512,
+    slots: int = 8,
+    delay_s: float = 0.0,
+    gate: threading.Semaphore | None = None,
 ) -> Callable[[], Engine]:
-    """Makes engines whose model answers from a script; a step takes `delay_s` at least."""
+    """Makes engines whose model answers from a script.
+
+    delay_s  that a step takes at least; gate: every step takes one of it
+    """
 
     def make() -> Engine:
         model = ScriptedModel(script)
-        model.delay_s = delay_s
+        model.delay_s, model.gate = delay_s, gate
         return Engine(
             model,  # type: ignore[arg-type]
             pages=pages,
