@@ -88,6 +88,7 @@ class _Talk:
             Writer(turn, model.tokenizer, model.fingerprint, index) for index in range(turn.n)
         ]
         self._begun = False
+        self._number = 0  # of the next event of Responses
 
     def alive(self) -> bytes:
         """What a stream says when there is nothing to say."""
@@ -199,6 +200,7 @@ class _Talk:
         return self._bare() | {"prompt_progress": told}
 
     def _frame(self, chunk: Mapping[str, Any]) -> bytes:
+        self._number = chunk.get("sequence_number", 0) + 1
         return sse.frame(chunk, None if self._turn.api == "chat" else str(chunk["type"]))
 
     def _failure(self, refusal: Refusal) -> bytes:
@@ -207,7 +209,7 @@ class _Talk:
             # Clients of this API wait for a response object, whatever happened.
             body = {
                 "type": "response.failed",
-                "sequence_number": 0,
+                "sequence_number": self._number,
                 "response": {
                     "id": self._turn.id,
                     "object": "response",

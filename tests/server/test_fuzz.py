@@ -30,7 +30,9 @@ def test_no_request_breaks_the_server_or_its_description(tmp_path: Path, seed: i
             sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json",
             "--header", f"Authorization: Bearer {server.key('admin')}",
             "--checks", CHECKS, "--phases", "examples,coverage,fuzzing,stateful",
-            "--max-examples", str(EXAMPLES), "--seed", str(seed), "--workers", "2",
+            "--max-examples", str(EXAMPLES), "--seed", str(seed),
+            # Of its threads: two that parse Python at once end in an error of Python 3.11 itself.
+            "--workers", "1",
             "--exclude-path", "/", "--generation-database", "none",
         ]  # fmt: skip
         done = subprocess.run(
@@ -39,11 +41,7 @@ def test_no_request_breaks_the_server_or_its_description(tmp_path: Path, seed: i
         )  # fmt: skip
         assert server.service.bridge.failures == 0
     print(done.stdout[-12000:])
-    cases = re.search(r"Test cases:\s+([\d,]+) generated", done.stdout) or re.search(
-        r"([\d,]+) generated", done.stdout
-    )
+    cases = re.search(r"([\d,]+) generated, ([\d,]+) passed", done.stdout)
     assert cases is not None, done.stderr[-2000:]
-    # Its status is 1 as well when its own generators fail in a thread of its own: what counts is
-    # that every case it made has passed.
-    passed = re.search(r"([\d,]+) generated, ([\d,]+) passed", done.stdout)
-    assert passed is not None and passed[1] == passed[2], "schemathesis found something"
+    assert done.returncode == 0 and cases[1] == cases[2], "schemathesis found something"
+    assert int(cases[1].replace(",", "")) >= 2000

@@ -112,7 +112,6 @@ def chat(connection: http.client.HTTPConnection, key: str, draw: random.Random, 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_server_killed_under_load(tmp_path: Path, seed: int) -> None:
-    pytest.importorskip("overleap.server.serve", reason="needs the HTTP server")
     draw, told = random.Random(seed), Told()
     ledger = tmp_path / "ledger.sqlite"
     database = Database(str(ledger))
