@@ -304,7 +304,12 @@ def test_models_are_listed(server: Live) -> None:
         ({"messages": [{"role": "alien", "content": "x"}]}, 400, "alien"),
         ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
         ({"response_format": {"type": "regex", "regex": "("}}, 400, "regex"),
-        ({"tool_choice": "required", "tools": [WEATHER]}, 400, "hinking"),
+        (
+            {
+                "tool_choice": "required", "tools": [WEATHER],
+                "extra_body": {"thinking": {"type": "enabled"}},
+            }, 400, "hinking",
+        ),
         ({"stop": ["x"] * 17}, 400, "stop"),
     ],
 )  # fmt: skip

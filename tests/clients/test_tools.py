@@ -1,7 +1,8 @@
 """Other people's programs against a server: `llm`, `llm-comply`, `lm-eval`, the openai Node client.
 
 They live in build/clients, outside the project's own environment; each test skips with a reason
-where its program is missing. What is expected to fail is listed with why.
+where its program is missing (`make clients` installs them). What is expected to fail is listed with
+why.
 """
 
 import json
