@@ -12,7 +12,7 @@ from overleap.cache.state import LayerCache
 from overleap.config import LayerKind, ModelConfig
 from overleap.kernels.spec import Joint, Ops, Pool, Spans
 from overleap.model.compressor import Compressor
-from overleap.model.layers import Linear, RMSNorm, joint
+from overleap.model.layers import Linear, joint
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Indexer(nn.Module):
     @cached_property
     def stored(self) -> tuple[tuple[Joint, ...], tuple[Joint, ...]]:
         """What meets the layer's input, and the query latent; the weights must be in place."""
-        return (self.compressor.stored, joint(self.weights_proj)), (joint(self.wq_b),)
+        return (self.compressor.joint, joint(self.weights_proj)), (joint(self.wq_b),)
 
     def write_keys(
         self, x_TD: Tensor, layer: LayerCache, frequency: Tensor, spans: Spans
@@ -62,7 +62,7 @@ class Indexer(nn.Module):
     def queries(
         self,
         latent_TQ: Tensor,
-        norm: RMSNorm,
+        norm: Tensor,
         weight_TI: Tensor,
         keys: Pool,
         frequency: Tensor,
@@ -70,11 +70,11 @@ class Indexer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Queries as rows [T, I, row] in the keys' format, and head weights f32 [T, I].
 
-        latent_TQ, norm  the shared query latent before its norm
+        latent_TQ, norm  the shared query latent before its norm, and its weight
         weight_TI        as write_keys returns them
         """
-        (q,) = self.ops.project(latent_TQ, self.stored[1], norm.weight.detach(), norm.eps)
-        q = q.unflatten(-1, (self.heads, self.width))
+        (q,) = self.ops.project(latent_TQ, self.stored[1], norm, self.eps)
+        q = q.view(-1, self.heads, self.width)
         rows = self.ops.norm_rope_quantize(
             q, None, None, spans.position_T, frequency, True, keys.format
         )

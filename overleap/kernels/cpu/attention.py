@@ -26,7 +26,7 @@ def index_topk(
     assert weight_TI.dtype is torch.float32 and q_TI.dtype is rows.dtype is keys.format.dtype
     assert row == rows.shape[2] and rows.is_contiguous() and table.is_contiguous()
     q_TI, weight_TI = q_TI.contiguous(), weight_TI.contiguous()
-    out = torch.empty((tokens, k), dtype=torch.int64)
+    out = torch.empty(tokens, k, dtype=torch.int64)
     _native.index_topk(
         q_TI.data_ptr(),
         weight_TI.data_ptr(),
@@ -95,7 +95,7 @@ def attend_write(
         assert chosen_Tk.dtype is torch.int64
         chosen_Tk = chosen_Tk.contiguous()
     out = torch.empty_like(q_THK)
-    log = torch.empty((tokens, heads), dtype=torch.float32)
+    log = torch.empty(tokens, heads, dtype=torch.float32)
     _native.attend(
         q_THK.data_ptr(),
         q_THK.dtype is torch.bfloat16,

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 
+#include "buffer.h"
 #include "rows.h"
 
 namespace overleap {
@@ -115,9 +116,17 @@ void bind_norms(nanobind::module_& m) {
         Unlocked());
     m.def(
         "route",
-        [](Address logit, Address bias, Address fixed, int64_t tokens, int64_t experts, int64_t k,
-           float scale, Address ids, Address weight, int threads) {
-            Routing r{at<float>(logit), at<float>(bias), at<int64_t>(fixed), tokens, experts, k,
+        [](Address x, int type, int64_t tokens, int64_t width, Address gate, int form,
+           Address bias, Address fixed, int64_t experts, int64_t k, float scale, Address ids,
+           Address weight, int threads) {
+            RawBuffer<float> logit;
+            logit.resize(tokens * experts);
+            const Stored rows{at<void>(gate), nullptr, static_cast<Form>(form), experts, width};
+            OVERLEAP_CALL(product)(Product{at<void>(x), static_cast<Float>(type), tokens, 1, width,
+                                           nullptr, Float::f32, 0,
+                                           {{rows, false, logit.data(), Float::f32, experts}},
+                                           threads});
+            Routing r{logit.data(), at<float>(bias), at<int64_t>(fixed), tokens, experts, k,
                       scale, at<int64_t>(ids), at<float>(weight), threads};
             OVERLEAP_CALL(route)(r);
         },
