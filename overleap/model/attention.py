@@ -69,20 +69,34 @@ class Attention(nn.Module):
         tap: list[IndexerTap] | None,
     ) -> Tensor:
         """[T, D] -> [T, D]; writes this step's rows and entries into `layer`."""
-        ops, position, stored = self.ops, spans.position_T, self.stored
-        latent_TQ, kv_TK, *rows = ops.project(x_TD, stored.of_input)
-        (q_TW,) = ops.project(latent_TQ, stored.of_latent, stored.q_norm, self.eps)
-        q_THK = q_TW.view(-1, self.heads, self.width)
-        q_THK = ops.norm_rope(q_THK, None, self.eps, position, frequency)
-        fresh_T = ops.norm_rope_quantize(
-            kv_TK, stored.kv_norm, self.eps, position, frequency, False, layer.ring.format
+        ops, stored, indexer = self.ops, self.stored, self.indexer
+        visible = max(last for _, last in spans.emitted(self.ratio)) if indexer else 0
+        # Where all visible entries would be chosen, nothing is scored.
+        scored = indexer is not None and (visible > indexer.topk or tap is not None)
+        q_THK, fresh_T, *rows = ops.attention_inputs(
+            x_TD,
+            stored.of_input,
+            stored.of_latent if scored else stored.of_latent[:1],
+            stored.q_norm,
+            stored.kv_norm,
+            self.eps,
+            self.heads,
+            spans.position_T,
+            frequency,
+            layer.ring.format,
         )
-        if rows:
-            assert self.compressor and layer.tail is not None and layer.entries is not None
-            self.compressor(*rows, x_TD.dtype, layer.tail, layer.entries, frequency, spans)
+        if self.compressor is not None:
+            assert layer.tail is not None and layer.entries is not None
+            self.compressor(rows[0], x_TD.dtype, layer.tail, layer.entries, frequency, spans)
         chosen, index = None, None
-        if self.kind is LayerKind.CSA:
-            chosen, index = self._choose(x_TD, latent_TQ, layer, frequency, spans, tap is not None)
+        if indexer is not None:
+            assert layer.index_tail is not None and layer.keys is not None
+            tail, keys = layer.index_tail, layer.keys
+            indexer.compressor(rows[1], x_TD.dtype, tail, keys, frequency, spans)
+            if scored:
+                index = indexer.queries(rows[3], rows[2], keys, frequency, spans)
+            if index is not None and visible > indexer.topk:
+                chosen = ops.index_topk(*index, keys, self.ratio, spans, indexer.topk)
         o_THK, lse_TH = ops.attend_write(
             q_THK,
             fresh_T,
@@ -108,35 +122,14 @@ class Attention(nn.Module):
     @cached_property
     def stored(self) -> Stored:
         """The weights as the kernels take them; they must be in place."""
-        rows = () if self.compressor is None else (self.compressor.joint,)
+        rows = () if self.compressor is None else (self.compressor.joint(),)
+        index, of_latent = ((), ()) if self.indexer is None else self.indexer.joints()
         return Stored(
-            (joint(self.wq_a), joint(self.wkv), *rows),
-            (joint(self.wq_b),),
+            (joint(self.wq_a), joint(self.wkv), *rows, *index),
+            (joint(self.wq_b), *of_latent),
             self.q_norm.weight,
             self.kv_norm.weight,
             self.attn_sink,
             self.wo_a.stored,
             joint(self.wo_b),
         )
-
-    def _choose(
-        self,
-        x_TD: Tensor,
-        latent_TQ: Tensor,
-        layer: LayerCache,
-        frequency: Tensor,
-        spans: Spans,
-        tapped: bool,
-    ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
-        """Entry numbers [T, k], or None where every visible entry would be chosen anyway."""
-        indexer = self.indexer
-        assert indexer is not None and layer.keys is not None
-        weight = indexer.write_keys(x_TD.detach(), layer, frequency, spans)
-        visible, topk = max(last for _, last in spans.emitted(self.ratio)), indexer.topk
-        if visible <= topk and not tapped:
-            return None, None
-        norm = self.stored.q_norm.detach()
-        index = indexer.queries(latent_TQ.detach(), norm, weight, layer.keys, frequency, spans)
-        if visible <= topk:
-            return None, index
-        return self.ops.index_topk(*index, layer.keys, self.ratio, spans, topk), index

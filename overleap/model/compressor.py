@@ -34,10 +34,9 @@ class Compressor(nn.Module):
         self.norm = RMSNorm(width, config.rms_norm_eps, ops)
         self.eps = config.rms_norm_eps
 
-    @property
-    def joint(self) -> Joint:
+    def joint(self, detached: bool = False) -> Joint:
         """Values and gates as ops.project makes them: f32 [T, 2 W]."""
-        return joint(self.wkv, self.wgate, wide=True)
+        return joint(self.wkv, self.wgate, wide=True, detached=detached)
 
     @cached_property
     def stored(self) -> tuple[Tensor, Tensor]:

@@ -73,10 +73,7 @@ def project(
     """See spec.Ops.project."""
     x = plain(x)
     tokens, columns = x.shape
-    made = [
-        torch.empty(tokens, part.outputs, dtype=torch.float32 if part.wide else x.dtype)
-        for part in parts
-    ]
+    out = made(x, parts)
     _native.project(
         x.data_ptr(),
         FLOAT[x.dtype],
@@ -84,13 +81,25 @@ def project(
         columns,
         *norm_weight(norm, columns),
         eps,
-        [part.table.data_ptr() for part in parts],
-        [len(part.weights) for part in parts],
-        [out.data_ptr() for out in made],
-        [FLOAT[out.dtype] for out in made],
+        *tables(parts),
+        [result.data_ptr() for result in out],
+        [FLOAT[result.dtype] for result in out],
         torch.get_num_threads(),
     )
-    return tuple(made)
+    return tuple(out)
+
+
+def made(x: Tensor, parts: tuple[Joint, ...]) -> list[Tensor]:
+    """Room for the result of every part."""
+    return [
+        torch.empty(x.shape[0], part.outputs, dtype=torch.float32 if part.wide else x.dtype)
+        for part in parts
+    ]
+
+
+def tables(parts: tuple[Joint, ...]) -> tuple[list[int], list[int]]:
+    """Addresses of the parts' tables, and how many weights each has."""
+    return [part.table.data_ptr() for part in parts], [len(part.weights) for part in parts]
 
 
 def norm_weight(weight: Tensor | None, width: int) -> tuple[int, int]:
