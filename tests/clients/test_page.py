@@ -100,6 +100,17 @@ def test_a_chat_with_folded_reasoning_and_figures(page: Any) -> None:
     keep(page, "chat")
 
 
+def test_the_plan_of_the_model_and_what_the_indexer_chose(page: Any) -> None:
+    plan = page.locator("#plan")
+    playwright.expect(plan).to_contain_text("users at full context")
+    playwright.expect(plan).to_contain_text("1 of 8 at once")
+    playwright.expect(plan).to_contain_text("MiB of")
+    say(page, "hi")
+    ended(page)
+    playwright.expect(plan).to_contain_text("cost of a request so far")
+    playwright.expect(plan).to_contain_text("USD")
+
+
 def test_stopping_ends_the_request_in_the_engine(page: Any, server: Live) -> None:
     say(page, "long")
     playwright.expect(page.locator("article.assistant .text")).to_contain_text(

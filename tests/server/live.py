@@ -18,9 +18,13 @@ from overleap.cache.layout import CacheFormat
 from overleap.chat.profiles import profile_named
 from overleap.chat.tokenizer import Tokenizer
 from overleap.checkpoint import load
+from overleap.config import ModelConfig
 from overleap.engine.engine import Engine
+from overleap.plan import Load
+from overleap.plan import running as running_plan
 from overleap.server import app, wire
 from overleap.server.auth import create_key
+from overleap.server.costs import load_costs
 from overleap.server.database import Database
 from overleap.server.serve import Parts, assemble, listen
 from overleap.server.service import Service
@@ -138,7 +142,9 @@ def live(
             slots=slots,
             database=database,
             tiers=table,
+            costs=load_costs(),
             needs_keys=needs_keys,
+            plan=running_plan(Load(ModelConfig.from_checkpoint(MINI), context)),
         )
     )
     loop, made = asyncio.new_event_loop(), threading.Event()
