@@ -146,8 +146,9 @@ class Scheduler:
             if place is Place.TAKEN:
                 self.waiting.remove(job)
                 self.running.append(job)
-                # Its slot and at least a token: equal flows take turns before either has run.
-                self._serve(job, 1)
+                # All that it has to read, at once: else a flow that is behind takes every place
+                # that is free before the first step tells what that costs.
+                self._serve(job, job.prompt_tokens - job.done)
             elif place is Place.LATER:
                 passed.add(job.id)
 
@@ -210,8 +211,10 @@ class Scheduler:
     def commit(self, part: Part, refused: int = 0) -> None:
         """The part ran: its tokens are in the cache, but for the last `refused` proposals."""
         assert part.start == part.job.done and 0 <= refused <= part.drafted
+        reading = part.job.reading  # booked when it got its place
         part.job.done += part.count - refused
-        self._serve(part.job, part.count)
+        if not reading:
+            self._serve(part.job, part.count)
 
     def _serve(self, job: Job, tokens: int) -> None:
         self._clocks[job.flow] += tokens / job.weight
@@ -221,6 +224,7 @@ class Scheduler:
     def remove(self, job: Job) -> None:
         """Forget a job, waiting or running: it is finished or aborted."""
         if job in self.running:
+            self._clocks[job.flow] -= max(0, job.prompt_tokens - job.done) / job.weight
             self.running.remove(job)
         else:
             self.waiting.remove(job)
