@@ -1,6 +1,7 @@
 """Bytes of a model's weights in memory: what must stay there, and what may come and go.
 
-Not here: how many weights there are (weights.py), who comes and goes (engine/resident.py). No torch.
+Not here: how many weights there are (weights.py), who comes and goes (engine/resident.py).
+No torch.
 """
 
 from dataclasses import dataclass

@@ -19,6 +19,7 @@ from overleap.chat.profiles import profile_named
 from overleap.chat.tokenizer import Tokenizer
 from overleap.checkpoint import load
 from overleap.config import ModelConfig
+from overleap.engine.choices import Choices
 from overleap.engine.engine import Engine
 from overleap.plan import Load
 from overleap.plan import running as running_plan
@@ -207,6 +208,7 @@ def bundled(*, pages: int = 512, slots: int = 8) -> Callable[[], Engine]:
     """Makes engines of the bundled model."""
 
     def make() -> Engine:
-        return Engine(load(MINI), pages=pages, slots=slots, model_digest="mini")
+        model = load(MINI)
+        return Engine(model, pages=pages, slots=slots, model_digest="mini", choices=Choices(model))
 
     return make

@@ -1,0 +1,37 @@
+"""Load on a whole server, on whatever machine this is: targets are ratios, measured side by side.
+
+The figures: `python -m tests.server.load mixed|overload`.
+"""
+
+import asyncio
+
+import pytest
+
+from tests.server import load
+
+LONG = 32_768  # by hand 131,072: minutes, and the same ratios
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_short_chats_beside_a_long_prompt(seed: int) -> None:
+    with load.served() as server:
+        found = asyncio.run(load.mixed(server.port, seed, long_tokens=LONG))
+    print(found)
+    assert found.read_tokens >= LONG
+    assert found.beside_s <= 2 * found.alone_s, f"{found.beside_s / found.alone_s:.2f} times"
+    assert found.first_beside_s <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_twice_what_the_machine_can_do(seed: int) -> None:
+    with load.served(*load.OVERLOAD) as server:
+        found = asyncio.run(load.overload(server, seed, seconds=20))
+    print(found)
+    assert set(found.statuses) == {200, 503} and found.cut == 0
+    assert found.refused > found.accepted / 4, "it was no overload"
+    assert found.accepted_p99_s <= 2 * found.nominal_p99_s
+    assert found.refused_p99_s <= 0.1
+    assert found.growth_bytes < 30e6
+    assert found.after_s <= found.nominal_p99_s, "it recovers"
