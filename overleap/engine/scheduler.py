@@ -168,8 +168,7 @@ class Scheduler:
     def plan(self, beside: int | None = None) -> list[Part]:
         """The next step: a token for every decode, then chunks of prompts, shared by weight.
 
-        beside  tokens of long prompts that may go beside answers at most, 0: of no prompt; None:
-                all of the budget
+        beside  tokens of long prompts that may go beside answers at most; None: all of the budget
 
         Shares let a short prompt pass a long one: what the short ones leave over goes to the
         long ones. Running jobs never outnumber the budget, so each gets a token at least (long
@@ -186,8 +185,6 @@ class Scheduler:
         readers = [job for job in self.running if job.reading]
         budget = self.chunk_tokens - sum(part.count for part in parts)
         paced = budget if beside is None or not parts else min(budget, beside)
-        if paced == 0:
-            return parts
         readers.sort(key=lambda job: (job.prompt_tokens - job.done) / job.weight)
         weight = sum(job.weight for job in readers)
         for index, job in enumerate(readers):

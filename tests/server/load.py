@@ -208,10 +208,12 @@ def words(draw: random.Random, count: int) -> str:
 
 @dataclass(frozen=True)
 class Mixed:
-    """Short chats alone and beside a long prompt. Seconds."""
+    """Short chats alone and beside a long prompt. Seconds; medians but for the means."""
 
     alone_s: float
     beside_s: float
+    mean_alone_s: float
+    mean_beside_s: float
     first_alone_s: float
     first_beside_s: float
     read_tokens: int
@@ -243,7 +245,7 @@ async def mixed(port: int, seed: int, *, long_tokens: int, chats: int = 8) -> Mi
     told = await reading
     alone += await short()  # before and after: the machine may have other things to do by now
     return Mixed(
-        _median(alone), _median(beside),
+        _median(alone), _median(beside), _mean(alone), _mean(beside),
         max(one.first_s for one in alone), max(one.first_s for one in beside),
         told.usage["prompt_tokens"], time.monotonic() - began, read_alone_s,
     )  # fmt: skip
@@ -251,6 +253,10 @@ async def mixed(port: int, seed: int, *, long_tokens: int, chats: int = 8) -> Mi
 
 def _median(told: list[Told]) -> float:
     return statistics.median(gap for one in told for gap in one.gaps_s)
+
+
+def _mean(told: list[Told]) -> float:
+    return statistics.mean(gap for one in told for gap in one.gaps_s)
 
 
 @dataclass(frozen=True)

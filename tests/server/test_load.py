@@ -20,6 +20,7 @@ def test_short_chats_beside_a_long_prompt(seed: int) -> None:
     print(found)
     assert found.read_tokens >= LONG
     assert found.beside_s <= 2 * found.alone_s, f"{found.beside_s / found.alone_s:.2f} times"
+    assert found.mean_beside_s <= 2 * found.mean_alone_s
     assert found.first_beside_s <= 3
 
 
