@@ -29,6 +29,8 @@ async def converse(
 ) -> Response:
     """Answer a request of a chat API. Raises Refusal and what refusals.py makes one of."""
     arrived = time.monotonic()
+    # Once without its tokens: what will be refused in any case is not tokenised first.
+    service.bridge.admit(0, 1, service.settings.wait_s)
     turn = await service.turns.prepare(api, raw, customer)
     admission = Admission(id=turn.id, customer=customer, dialect=api, arrived=arrived)
     running = await service.begin(
