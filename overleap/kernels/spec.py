@@ -445,10 +445,10 @@ class Ops(Protocol):
     ) -> tuple[Tensor, ...]:
         """All that attention makes of its input before it looks at any other token.
 
-        of_input   what meets x: first the query latent [T, Q], then the key/value row [T, K], others
-        of_latent  what meets the latent after an rms_norm with q_norm [Q]: first the queries, others
-        returns    queries [T, H, K] after norm_rope without a weight; rows after norm_rope_quantize
-                   with kv_norm [K]; then the others of both as project makes them
+        of_input   what meets x: the query latent [T, Q], the key/value row [T, K], and others
+        of_latent  what meets the latent after an rms_norm with q_norm [Q]: queries, and others
+        returns    queries [T, H, K] after norm_rope without a weight; rows [T, row] after
+                   norm_rope_quantize with kv_norm [K]; the others of both as project makes them
         """
         ...
 
