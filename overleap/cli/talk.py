@@ -120,7 +120,7 @@ def chat(
     Example: `overleap chat --model ./my-checkpoint --temperature 0`
     """
     if url is not None:
-        settings = {"max_tokens": max_tokens, "temperature": temperature}
+        settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
         settings |= _there(seed=seed, reasoning_effort=effort)
         if thinking is not None:
             settings["thinking"] = {"type": "enabled" if thinking else "disabled"}

@@ -64,8 +64,9 @@ def sample(logits_V: Tensor, draw: Draw, ops: Ops, allowed: bytes | None = None)
         where = Draw(plain, draw.seed, draw.index)
         token = sample(shifted(logits_V, draw), where, ops, allowed)
         # Log-probabilities stay those of the model's own distribution.
-        top = sampling.logprobs
-        return token if top is None else score(logits_V, token.id, top, ops)
+        if sampling.logprobs is None:
+            return token
+        return score(logits_V, token.id, sampling.logprobs, ops)
     mask = None
     if allowed is not None:
         mask = torch.frombuffer(bytearray(allowed), dtype=torch.uint8)[None].to(logits_V.device)
