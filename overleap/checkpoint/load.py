@@ -17,6 +17,7 @@ from overleap.checkpoint.files import Progress
 from overleap.checkpoint.folder import Checkpoint
 from overleap.checkpoint.hub import Preflight, locate
 from overleap.checkpoint.table import Damaged, Problem, Role
+from overleap.devices import find as find_device
 from overleap.errors import CheckpointError, OverleapError
 from overleap.kernels import select
 from overleap.kernels.spec import Weight
@@ -68,6 +69,7 @@ def load(
     """A model ready to run, from a checkpoint in the official layout.
 
     path      a folder, `mini` for the bundled model, or a hub id `org/name`
+    device    as devices.find() takes it: `cpu`, `auto`, a kind, `npu:1`, ...
     dtype     of plain weights and activations; None: that of the embedding as stored (bf16 in
               releases), so that nothing is converted, or f32 with `wide`. Packed weights stay
               packed; on the CPU what keeps its type is a view of the mapped files
@@ -128,8 +130,9 @@ def build(
     """A model from an opened checkpoint; arguments as for load()."""
     if dtype is None:
         dtype = torch.float32 if wide else checkpoint.tensor("embed.weight").dtype
-    model = Transformer(checkpoint.config, select(backend))
-    model.assign({n: t.to(device) for n, t in _placed(checkpoint, dtype, wide)})
+    where = find_device(str(device))
+    model = Transformer(checkpoint.config, select(backend, where.type))
+    model.assign({n: t.to(where) for n, t in _placed(checkpoint, dtype, wide)})
     return model
 
 

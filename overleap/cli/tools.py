@@ -15,10 +15,20 @@ import typer
 from overleap import __version__
 from overleap.cli import screen
 from overleap.cli.app import CacheKind, Json, Seed, app, cache_format_of, text_of
+from overleap.devices import KINDS
 from overleap.errors import RequestError
 
 if TYPE_CHECKING:
     from overleap.kernels.conformance import Ceilings, Verdict
+
+
+Where = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help=f"{', '.join(kind.name for kind in KINDS)} or auto; npu:1 names the second.",
+    ),
+]
 
 
 @app.command()
@@ -48,26 +58,29 @@ def logits(
 @app.command()
 def kernels(
     backend: Annotated[str, typer.Option(help="Kernel backend, or auto.")] = "auto",
+    device: Where = "cpu",
     as_json: Json = False,
 ) -> None:
     """Say which backend serves each op, and why no better one.
 
     Example: `overleap kernels --backend cpu`
     """
+    from overleap import devices
     from overleap.kernels import table
 
-    served = table(backend)
+    served = table(backend, devices.find(device).type)
     if as_json:
         screen.put_json([asdict(row) for row in served])
         return
     rows = [(row.op, row.backend, row.reason) for row in served]
-    screen.put_table(f"{backend} on cpu", ("op", "served by", "why no other"), rows)
+    screen.put_table(f"{backend} on {device}", ("op", "served by", "why no other"), rows)
 
 
 @app.command()
 def conform(
     backend: Annotated[str, typer.Option(help="Kernel backend to prove.")] = "torch",
     op: Annotated[list[str] | None, typer.Option(help="Only these ops.")] = None,
+    device: Where = "cpu",
     seed: Seed = None,
     timed: Annotated[
         bool, typer.Option("--timed", help="Also measure, against this machine's own ceilings.")
@@ -81,6 +94,7 @@ def conform(
     """
     import torch
 
+    from overleap import devices
     from overleap.kernels import select
     from overleap.kernels.conformance import conform as run
     from overleap.kernels.conformance.ceilings import ceilings
@@ -88,16 +102,17 @@ def conform(
     if threads is not None:
         torch.set_num_threads(threads)
     seed = secrets.randbelow(2**31) if seed is None else seed
-    best = ceilings() if timed else None
+    where = devices.find(device)
+    best = ceilings(where) if timed else None
     with screen.bar("proving", "ops") as bar:
-        verdicts = run(
-            select(backend), torch.device("cpu"), seed=seed, only=op, timed=timed, progress=bar
-        )
+        ops = select(backend, where.type)
+        verdicts = run(ops, where, seed=seed, only=op, timed=timed, progress=bar)
     failed = [v for v in verdicts if not v.passed]
     if as_json:
         screen.put_json(
             {
                 "backend": backend,
+                "device": device,
                 "seed": seed,
                 "threads": torch.get_num_threads(),
                 "ceilings": None if best is None else asdict(best),
@@ -105,7 +120,7 @@ def conform(
             }
         )
     else:
-        title = f"{backend}, seed {seed}, {torch.get_num_threads()} threads"
+        title = f"{backend} on {device}, seed {seed}, {torch.get_num_threads()} threads"
         screen.put_table(title, _COLUMNS[: 7 if best else 4], [_cells(v, best) for v in verdicts])
         if best is not None:
             print(_of_the_machine(best))
