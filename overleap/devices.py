@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from overleap.machine import free_bytes as host_free_bytes
 from overleap.errors import BackendError
+from overleap.machine import free_bytes as host_free_bytes
 
 if TYPE_CHECKING:
     import torch
