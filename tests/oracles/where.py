@@ -13,6 +13,7 @@ from overleap import devices
 from overleap.kernels import select
 from overleap.kernels.spec import Ops
 from tests import pretend
+from tests.kernels import interpreted
 
 
 def _device() -> torch.device:
@@ -22,6 +23,8 @@ def _device() -> torch.device:
 
 DEVICE = _device()
 BACKEND = os.environ.get("OVERLEAP_TEST_BACKEND", "auto")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreted.quicken()
 
 
 def ops() -> Ops:

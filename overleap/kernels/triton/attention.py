@@ -19,7 +19,7 @@ from overleap.kernels.triton.linear import FORMS, bits
 from overleap.kernels.triton.tuning import Tuning, pow2, tuning
 
 KINDS = {"wide": 0, "kv": 1, "key": 2}
-NONE, VISIBLE, CHOSEN = 0, 1, 2  # which entries are attended
+WINDOW, VISIBLE, CHOSEN = 0, 1, 2  # which rows are attended
 COLUMNS = 6  # of a tile: first row, rows, sequence, position of the first, slot, first new position
 NOTHING = -(1 << 63)
 NUMBER_BITS = (1 << 31) - 1
@@ -55,12 +55,13 @@ def add_rows(q, rows, seen, scale, top, total, mix, BF16: tl.constexpr):
 @triton.jit
 def attend_part(
     q, fresh, ring, pool, chosen, table, tile, tops, totals, mixes,
-    H, P, capacity, per_page, count_chosen, scale, window, ratio, row_bytes,
+    H, P, capacity, per_page, count_chosen, scale, window, ratio, row_bytes, splits, place,
     X: tl.constexpr, KIND: tl.constexpr, K: tl.constexpr, ROPE: tl.constexpr,
-    ENTRIES: tl.constexpr, BF16: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, BF16: tl.constexpr, SPLITS: tl.constexpr,
     BT: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """One part of the rows of a tile of tokens: largest score, sum, and weighted rows."""
+    """Window rows or entries of a tile of tokens, one split of `splits`, as part `place` + split of
+    SPLITS: largest score, sum, and weighted rows."""
     head = tile + tl.program_id(0) * 6
     first_row, count, b = tl.load(head), tl.load(head + 1), tl.load(head + 2)
     at, slot, start = tl.load(head + 3), tl.load(head + 4), tl.load(head + 5)
@@ -78,40 +79,34 @@ def attend_part(
     n = tl.arange(0, BN)
 
     last = at + count - 1
-    begin = tl.maximum(at - window + 1, 0) // BN
-    for block in range(begin + split, last // BN + 1, SPLITS):
-        p = block * BN + n
-        new = p >= start
-        there = (p <= last) & (p > at - window)
-        from_fresh = fresh + (first_row - at + p) * row_bytes
-        from_ring = ring + (slot * capacity + p % capacity) * row_bytes
-        rows = row_tile(tl.where(new, from_fresh, from_ring), there, KIND, K, ROPE, KP)
-        seen = (p[None, :] <= position[:, None]) & (p[None, :] > position[:, None] - window)
-        top, total, mix = add_rows(query, rows, seen, scale, top, total, mix, BF16)
-
-    if ENTRIES > 0:
-        if ENTRIES == 1:
-            blocks = ((last + 1) // ratio + BN - 1) // BN
+    if ROWS == 0:
+        begin, end = tl.maximum(at - window + 1, 0) // BN, last // BN + 1
+    elif ROWS == 1:
+        begin, end = at * 0, ((last + 1) // ratio + BN - 1) // BN
+    else:
+        begin, end = at * 0, (at * 0 + count_chosen + BN - 1) // BN
+    for block in range(begin + split, end, splits):
+        e = (block * BN + n).to(tl.int64)
+        if ROWS == 0:
+            there = (e <= last) & (e > at - window)
+            from_fresh = fresh + (first_row - at + e) * row_bytes
+            from_ring = ring + (slot * capacity + e % capacity) * row_bytes
+            where = tl.where(e >= start, from_fresh, from_ring)
+            seen = (e[None, :] <= position[:, None]) & (e[None, :] > position[:, None] - window)
         else:
-            blocks = (count_chosen + BN - 1) // BN
-        for block in range(split, blocks, SPLITS):
-            e = block * BN + n
-            if ENTRIES == 2:
-                inside = e < count_chosen
-                e = tl.load(chosen + first_row * count_chosen + e, mask=inside, other=-1)
-                there = e >= 0
-            else:
-                e = e.to(tl.int64)
+            if ROWS == 1:
                 there = e < (last + 1) // ratio
+                seen = e[None, :] < ((position + 1) // ratio)[:, None]
+            else:
+                e = tl.load(chosen + first_row * count_chosen + e, mask=e < count_chosen, other=-1)
+                there = e >= 0
+                seen = tl.broadcast_to(there[None, :], (BT * BH, BN))
             page = tl.load(table + b * P + e // per_page, mask=there, other=0)
             where = pool + (page * per_page + e % per_page) * row_bytes
-            rows = row_tile(where, there, KIND, K, ROPE, KP)
-            seen = there[None, :] & (live[:, None] | True)
-            if ENTRIES == 1:
-                seen = seen & (e[None, :] < ((position + 1) // ratio)[:, None])
-            top, total, mix = add_rows(query, rows, seen, scale, top, total, mix, BF16)
+        rows = row_tile(where, there, KIND, K, ROPE, KP)
+        top, total, mix = add_rows(query, rows, seen, scale, top, total, mix, BF16)
 
-    out = (t * SPLITS + split) * H + h
+    out = (t * SPLITS + place + split) * H + h
     tl.store(tops + out, top, mask=live)
     tl.store(totals + out, total, mask=live)
     tl.store(mixes + out[:, None] * K + k, mix, mask=live[:, None] & (k < K))
@@ -160,28 +155,33 @@ def attend(
     """See spec.Ops.attend."""
     (tokens, heads, width), device = q_THK.shape, q_THK.device
     sizes, q, form = tuning(device), q_THK.contiguous(), ring.format
-    which = NONE if entries is None or not ratio else VISIBLE if chosen_Tk is None else CHOSEN
-    together = 1 if which == CHOSEN else sizes.attend_tokens
-    block_heads = min(pow2(heads), max(1, 64 // together))
-    block_heads = max(block_heads, 16 // together)
-    plan = tiles(spans, together)
-    chosen = q if chosen_Tk is None else chosen_Tk.contiguous()
-    rows = window + max(last for _, last in spans.emitted(ratio)) if which == VISIBLE else window
-    rows += chosen.shape[1] if which == CHOSEN else 0
-    groups = triton.cdiv(heads, block_heads)
-    splits = _splits(sizes, plan.shape[0] * groups, rows)
-    tops = torch.empty((tokens, splits, heads), dtype=torch.float32, device=device)
+    chosen = spans.table_BP if chosen_Tk is None else chosen_Tk.contiguous()
+    pool, kinds = ring, [(WINDOW, sizes.attend_tokens, window)]
+    if entries is not None and ratio:
+        pool, count = entries, max(last for _, last in spans.emitted(ratio))
+        # A token's own choice is shared with no other token.
+        one = (VISIBLE, sizes.attend_tokens, count)
+        kinds.append(one if chosen_Tk is None else (CHOSEN, 1, chosen.shape[1]))
+    parts = []
+    for rows, together, count in kinds:
+        block = max(min(pow2(heads), sizes.attend_queries // together), 16 // together, 1)
+        plan, groups = tiles(spans, together), triton.cdiv(heads, block)
+        splits = _splits(sizes, plan.shape[0] * groups, count)
+        parts.append((rows, together, block, plan, groups, splits))
+    whole = sum(part[-1] for part in parts)
+    tops = torch.empty((tokens, whole, heads), dtype=torch.float32, device=device)
     totals, mixes = torch.empty_like(tops), tops.new_empty((*tops.shape, width))
-    pool = ring if entries is None else entries
-    shape = {"K": width, "SPLITS": splits, "KP": pow2(width, 16)}
-    attend_part[(plan.shape[0], groups, splits)](
-        bits(q), fresh_T.contiguous(), ring.rows, pool.rows, chosen, spans.table_BP, plan,
-        tops, totals, mixes, heads, spans.table_BP.shape[1], ring.per_page, pool.per_page,
-        chosen.shape[1], scale, window, max(ratio, 1), ring.rows.shape[-1],
-        X=FORMS[q.dtype], KIND=KINDS[form.kind], ROPE=form.rope, ENTRIES=which,
-        BF16=sizes.bf16 and q.dtype is torch.bfloat16,
-        BT=together, BH=block_heads, BN=sizes.attend_rows, **shape,
-    )  # fmt: skip
+    place, shape = 0, {"K": width, "SPLITS": whole, "KP": pow2(width, 16)}
+    for rows, together, block, plan, groups, splits in parts:
+        attend_part[(plan.shape[0], groups, splits)](
+            bits(q), fresh_T.contiguous(), ring.rows, pool.rows, chosen, spans.table_BP, plan,
+            tops, totals, mixes, heads, spans.table_BP.shape[1], ring.per_page, pool.per_page,
+            chosen.shape[1], scale, window, max(ratio, 1), ring.rows.shape[-1], splits, place,
+            X=FORMS[q.dtype], KIND=KINDS[form.kind], ROPE=form.rope, ROWS=rows,
+            BF16=sizes.bf16 and q.dtype is torch.bfloat16,
+            BT=together, BH=block, BN=sizes.attend_rows, num_stages=1, **shape,
+        )  # fmt: skip
+        place += splits
     out, log = torch.empty_like(q), torch.empty((tokens, heads), dtype=torch.float32, device=device)
     tile = max(1, 4096 // shape["KP"])
     attend_join[(triton.cdiv(tokens * heads, tile),)](
@@ -203,7 +203,7 @@ def score_entries(
     KIND: tl.constexpr, J: tl.constexpr, BF16: tl.constexpr,
     BT: tl.constexpr, IP: tl.constexpr, BN: tl.constexpr, JP: tl.constexpr,
 ):  # fmt: skip
-    """Entries low .. high - 1 for a tile of tokens: score and number in one i64 that sorts by both."""
+    """Entries low .. high - 1 for a tile of tokens: score and number in one sortable i64."""
     head = tile + tl.program_id(0) * 6
     first_row, count, b = tl.load(head), tl.load(head + 1), tl.load(head + 2)
     at = tl.load(head + 3)

@@ -1,9 +1,11 @@
-"""Packed bytes to numbers and back, by integer operations: any chip that has 32-bit integers will do.
+"""Packed bytes to numbers and back, by integer operations: any chip with 32-bit integers will do.
 
-No kernel here or beside asks the chip for an FP8, FP4 or scale type, nor for bfloat16 in memory: all
-of those travel as integers. Values of the formats: kernels/torch/quant.py. Not here: where rows lie.
+No kernel here or beside asks the chip for an FP8, FP4 or scale type, nor for bfloat16 in memory:
+all of those travel as integers. Values of the formats: kernels/torch/quant.py. Not here: where rows
+lie.
 
-Letters: form 0 f32, 1 bf16 bits in i16, 2 e4m3 bytes, 3 e2m1 pairs; cache rows: 0 wide, 1 kv, 2 key.
+FORM of a weight or vector: 0 f32, 1 bits of bf16 in i16, 2 e4m3 bytes, 3 e2m1 pairs.
+KIND of a cache row: 0 wide, 1 kv, 2 key.
 """
 
 import triton
@@ -46,7 +48,7 @@ def wide(value, FORM: tl.constexpr):
 
 @triton.jit
 def narrow(value, FORM: tl.constexpr):
-    """What lies in memory for f32: itself, or the bits of the nearest bf16 in i16, ties to even."""
+    """What lies in memory for f32: itself, or bits of the nearest bf16 in i16, ties to even."""
     if FORM == 1:
         bits = value.to(tl.int32, bitcast=True)
         near = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -66,7 +68,7 @@ def scale_exponent(amax, TOP: tl.constexpr, TOP_EXPONENT: tl.constexpr, FLOOR: t
 
 @triton.jit
 def nearest(value, exponent, bad, LOWEST: tl.constexpr, MANTISSA: tl.constexpr):
-    """|value| / 2^exponent rounded to the format, plus the number that rounds it, and that number."""
+    """|value| / 2^exponent rounded to the format, plus a number that rounds; and that number."""
     down = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
     scaled = tl.where(bad, 0.0, tl.abs(value) * down)
     binade = scaled.to(tl.int32, bitcast=True) & 0x7F800000
@@ -151,7 +153,7 @@ def row_tile(
 
 @triton.jit
 def times(a, b, acc, BF16: tl.constexpr):
-    """acc + a @ b in f32; the factors as bf16, which the chip multiplies faster, where that is right."""
+    """acc + a @ b in f32; factors as bf16, which a chip multiplies faster, where that is right."""
     if BF16:
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
     else:

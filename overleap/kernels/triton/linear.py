@@ -98,7 +98,7 @@ def route(
     k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """See spec.Ops.route. The product is ours; a few hundred numbers a token are torch's to sort."""
+    """See spec.Ops.route. The product is ours; torch sorts a few hundred numbers a token."""
     affinity = F.softplus(matmul(x, Weight(weight), False, wide=True)).sqrt()
     if fixed_TX is None:
         ranked = affinity if bias is None else affinity + bias
@@ -193,7 +193,7 @@ def experts(
     limit: float,
     round_input: bool,
 ) -> Tensor:
-    """See spec.Ops.experts. Nothing waits for the host: the grid is the largest that can be needed."""
+    """See spec.Ops.experts. Nothing waits for the host: the grid is the largest there can be."""
     (tokens, width), slots, count = x_TD.shape, ids_TX.shape[1], len(experts.w1)
     if not tokens or not slots:
         return torch.zeros_like(x_TD)

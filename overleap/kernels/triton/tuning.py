@@ -19,6 +19,7 @@ class Tuning:
     outputs_few: int
     outputs_many: int
     attend_tokens: int
+    attend_queries: int
     attend_rows: int
     index_tokens: int
     index_entries: int
@@ -54,8 +55,9 @@ def tuning(device: torch.device) -> Tuning:
         name = next(n for n, row in table().items() if row.get("at_least", 1 << 20) <= reached)
         return named(name, facts.multi_processor_count)
     facts = torch.get_device_module(device).get_device_properties(device)
-    cores = getattr(facts, "multi_processor_count", None) or getattr(facts, "gpu_eu_count", 64)
-    return named("other", int(cores))
+    # AMD's builds count compute units, Intel's execution units.
+    field = "multi_processor_count" if device.type == "cuda" else "gpu_eu_count"
+    return named("other", int(getattr(facts, field)))
 
 
 def pow2(count: int, least: int = 1) -> int:
