@@ -6,6 +6,7 @@ Not here: checkpoints (models.py).
 import json
 import math
 import secrets
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,8 @@ from overleap.devices import KINDS
 from overleap.errors import RequestError
 
 if TYPE_CHECKING:
+    import torch
+
     from overleap.kernels.conformance import Ceilings, Verdict
 
 
@@ -86,6 +89,9 @@ def conform(
         bool, typer.Option("--timed", help="Also measure, against this machine's own ceilings.")
     ] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's choice else.")] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Add what was found to conform.jsonl in this folder.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Hold every op of a backend against its definition, and its speed against the machine.
@@ -108,6 +114,8 @@ def conform(
         ops = select(backend, where.type)
         verdicts = run(ops, where, seed=seed, only=op, timed=timed, progress=bar)
     failed = [v for v in verdicts if not v.passed]
+    if record is not None:
+        _keep(record, verdicts, best, backend, where, seed)
     if as_json:
         screen.put_json(
             {
@@ -127,6 +135,46 @@ def conform(
         print(f"{len(verdicts) - len(failed)} of {len(verdicts)} cases passed")
     if failed:
         raise typer.Exit(1)
+
+
+def _keep(
+    folder: Path, verdicts: "list[Verdict]", best: "Ceilings | None", backend: str,
+    where: "torch.device", seed: int,
+) -> None:
+    """A record of the run: a row an op, its fastest timed case where there is one."""
+    import torch
+
+    from overleap.eval.record import append, take
+    from overleap.kernels import table
+
+    rows: list[dict[str, Any]] = []
+    for served in table(backend, where.type):
+        found = [v for v in verdicts if v.op == served.op]
+        if not found:
+            continue
+        timed = [v for v in found if v.seconds is not None]
+        fast = max(timed, key=lambda v: v.gigabytes_per_second or 0.0, default=None)
+        share = fast.share(best) if fast is not None and best is not None else None
+        rows.append(
+            {
+                "op": served.op,
+                "backend": served.backend,
+                "cases": len(found),
+                "passed": sum(v.passed for v in found),
+                "gigabytes_per_s": fast and fast.gigabytes_per_second,
+                "share": share and share[0],
+                "ceiling": share and share[1],
+            }
+        )
+    settings = {
+        "backend": backend,
+        "device": where.type,
+        "seed": seed,
+        "threads": torch.get_num_threads(),
+        "timed": best is not None,
+    }
+    path = append(take("conform", rows, settings, device=where), folder)
+    print(f"added to {path}", file=sys.stderr)
 
 
 _COLUMNS = ("op", "case", "result", "error", "GB/s", "Gop/s", "of the ceiling")
