@@ -97,10 +97,10 @@ def support() -> str:
         newest[_chip(record), str(record.settings["backend"])] = record
     out = [NOTE, "# What was proven, on what, and when\n"]
     out.append(
-        "Each column is a run of `overleap conform --record results` in `results/conform.jsonl`, the "
-        "newest of its chip and backend; what is not here was not run. A cell says who served the op,"
-        " how many cases passed, and, where it was timed, the share of the machine's own ceiling "
-        "that the fastest of them reached. How to add a column: "
+        "Each column is a run of `overleap conform --record results` in `results/conform.jsonl`, "
+        "the newest of its chip and backend; what is not here was not run. A cell says who served "
+        "the op, how many cases passed, and, where it was timed, the share of the machine's own "
+        "ceiling that the fastest of them reached. How to add a column: "
         "[port a chip](../guides/port-a-chip.md).\n"
     )
     runs = sorted(newest.items())

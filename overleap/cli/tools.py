@@ -138,8 +138,12 @@ def conform(
 
 
 def _keep(
-    folder: Path, verdicts: "list[Verdict]", best: "Ceilings | None", backend: str,
-    where: "torch.device", seed: int,
+    folder: Path,
+    verdicts: "list[Verdict]",
+    best: "Ceilings | None",
+    backend: str,
+    where: "torch.device",
+    seed: int,
 ) -> None:
     """A record of the run: a row an op, its fastest timed case where there is one."""
     import torch
@@ -166,7 +170,7 @@ def _keep(
                 "ceiling": share and share[1],
             }
         )
-    settings = {
+    settings: dict[str, Any] = {
         "backend": backend,
         "device": where.type,
         "seed": seed,

@@ -1,4 +1,4 @@
-"""docs/guides/port-a-chip.md, followed to the letter: its files, its commands, in an empty folder."""
+"""docs/guides/port-a-chip.md, followed to the letter: files and commands, in an empty folder."""
 
 import os
 import re

@@ -100,7 +100,7 @@ def test_small_floats_are_seen() -> None:
 
 
 def launches(row: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """What the ops would launch with these tiles: kernel, types of arguments, constants, options."""
+    """What the ops would launch with these tiles: kernel, types, constants, options."""
     from triton.runtime.jit import JITFunction
 
     from overleap.kernels.triton import ops as ours

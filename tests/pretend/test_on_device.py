@@ -1,20 +1,27 @@
 """What the package does on the pretend device. Skipped but in the process that has it: see
 ../test_pretend_device.py."""
 
+import sys
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 
 from overleap import devices
 from overleap.cache.layout import CacheFormat
-from overleap.checkpoint import load
+from overleap.cache.state import Cache
+from overleap.checkpoint import load, placing
+from overleap.checkpoint.folder import Checkpoint
+from overleap.checkpoint.placing import SPARE_BYTES, is_routed, tensor_bytes
 from overleap.engine.engine import Engine
 from overleap.engine.request import Request, Sampling
-from overleap.errors import BackendError
+from overleap.errors import BackendError, CapacityError
 from overleap.kernels import select, table
 from overleap.kernels.conformance import conform
-from overleap.kernels.spec import COARSE, OP_NAMES
+from overleap.kernels.spec import COARSE, OP_NAMES, Ops
 from tests import pretend
-from tests.checkpoints import random_tensors, tiny_config
+from tests.checkpoints import random_tensors, tiny_config, write_checkpoint
 from tests.oracles import where
 from tests.oracles.running import build, draw_ids, feed, room, start
 
@@ -93,3 +100,51 @@ def test_the_bundled_model_answers_as_on_the_host() -> None:
             [t.id for t in engine.generate(Request(prompt=prompt, sampling=sampling)).tokens]
         )
     assert answers[0] == answers[1] and len(answers[0]) == 12
+
+
+def with_host(backend: str, wanted: str, kind: str) -> Ops:
+    return select(backend if kind == "cpu" else wanted, kind)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_experts_stay_on_the_host_where_the_device_is_small(
+    backend: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All else on the device; logits as of the model that is on the host throughout."""
+    config = tiny_config(seed, "release")
+    folder = write_checkpoint(tmp_path / "model", config, random_tensors(config, seed))
+    checkpoint = Checkpoint(folder)
+    sizes = tensor_bytes(checkpoint, torch.float32, False)
+    routed = sum(count for name, count in sizes.items() if is_routed(name))
+    free = [sum(sizes.values()) - routed // 2 + SPARE_BYTES]
+    monkeypatch.setattr(placing, "free_bytes", lambda device: free[0])
+    try:
+        select(backend, "cpu")
+    except BackendError as error:
+        pytest.skip(str(error))
+    # `auto` on the host is its native kernels; without them, the definition.
+    chosen = partial(with_host, backend)
+    monkeypatch.setattr(sys.modules["overleap.checkpoint.load"], "select", chosen)
+    model = load(folder, device=pretend.NAME, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        assert parameter.device.type == ("cpu" if is_routed(name) else pretend.NAME), name
+    held = sum(p.nbytes for n, p in model.named_parameters() if not is_routed(n))
+    assert held == sum(sizes.values()) - routed
+    ids = draw_ids(config, 150, torch.Generator().manual_seed(seed))
+    cache = room(config, 150, CacheFormat.WIDE, slots=1)
+    with torch.no_grad():
+        ours = feed(model, cache, start(cache, 150), ids, 37)
+        host = load(folder, dtype=torch.float32)
+        cache = Cache(config, pages=2, slots=1, format=CacheFormat.WIDE)
+        theirs = feed(host, cache, start(cache, 150), ids, 37)
+    # A value within an ulp of the middle between two codes falls to either side now and then, and
+    # what follows differs by a code; most positions meet none.
+    by_position = (ours.cpu() - theirs).abs().amax(1) / theirs.abs().max()
+    print(f"median {by_position.median():.1e}, largest {by_position.max():.1e}")
+    assert by_position.median() <= 1e-4 and by_position.max() <= 0.3
+    free[0] = 10**12
+    model = load(folder, device=pretend.NAME, dtype=torch.float32)
+    assert {p.device.type for p in model.parameters()} == {pretend.NAME}
+    free[0] = SPARE_BYTES
+    with pytest.raises(CapacityError, match="without its routed experts the model needs"):
+        load(folder, device=pretend.NAME, dtype=torch.float32)
