@@ -105,7 +105,9 @@ def support() -> str:
     )
     runs = sorted(newest.items())
     for (chip, backend), record in runs:
-        facts = f"{record.date[:10]}, commit `{(record.commit or 'none')[:10]}`, torch "
+        commit = record.commit or "none"
+        changed = " with changes" * commit.endswith("+")
+        facts = f"{record.date[:10]}, commit `{commit[:10]}`{changed}, torch "
         facts += f"{record.versions['torch']}, {record.settings['threads']} threads"
         passed = sum(int(row["passed"] or 0) for row in record.numbers)
         cases = sum(int(row["cases"] or 0) for row in record.numbers)
