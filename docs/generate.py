@@ -1,6 +1,7 @@
-"""Writes docs/reference/ from the code: the commands, the ops, the errors. Run by `make docs`.
+"""Writes docs/reference/ from the code: the commands, the ops, the errors; and from the records of
+`overleap conform` the support table. Run by `make docs`.
 
-Not a documentation tool: three pages, plain Markdown. tests/test_docs.py fails when one is stale.
+Not a documentation tool: four pages, plain Markdown. tests/test_docs.py fails when one is stale.
 """
 
 import ast
@@ -13,10 +14,12 @@ import typer
 
 import overleap.errors
 from overleap.cli import app
+from overleap.eval.record import Record, read
 from overleap.kernels import spec
 from overleap.kernels.conformance import RULES
 from overleap.kernels.cost import COSTS
 
+RECORDS = Path(__file__).parents[1] / "results" / "conform.jsonl"
 REFERENCE = Path(__file__).parent / "reference"
 NOTE = "<!-- written by docs/generate.py; change the code, then run `make docs` -->\n"
 
@@ -87,7 +90,54 @@ def errors() -> str:
     return f"{NOTE}\n# Errors\n\n```\n{inspect.cleandoc(overleap.errors.__doc__ or '')}\n```\n"
 
 
-PAGES = {"commands.md": commands, "ops.md": ops, "errors.md": errors}
+def support() -> str:
+    """What was proven, where and when: the newest record of every chip and backend."""
+    newest: dict[tuple[str, str], Record] = {}
+    for record in read(RECORDS):
+        newest[_chip(record), str(record.settings["backend"])] = record
+    out = [NOTE, "# What was proven, on what, and when\n"]
+    out.append(
+        "Each column is a run of `overleap conform --record results` in `results/conform.jsonl`, "
+        "the newest of its chip and backend; what is not here was not run. A cell says who served "
+        "the op, how many cases passed, and, where it was timed, the share of the machine's own "
+        "ceiling that the fastest of them reached. How to add a column: "
+        "[port a chip](../guides/port-a-chip.md).\n"
+    )
+    runs = sorted(newest.items())
+    for (chip, backend), record in runs:
+        commit = record.commit or "none"
+        changed = " with changes" * commit.endswith("+")
+        facts = f"{record.date[:10]}, commit `{commit[:10]}`{changed}, torch "
+        facts += f"{record.versions['torch']}, {record.settings['threads']} threads"
+        passed = sum(int(row["passed"] or 0) for row in record.numbers)
+        cases = sum(int(row["cases"] or 0) for row in record.numbers)
+        out.append(f"- **{backend} on {chip}**: {passed} of {cases} cases passed ({facts})")
+    names = [f"{backend} on {chip}" for (chip, backend), _ in runs]
+    out.append("\n| op | " + " | ".join(names) + " |\n| --- |" + " --- |" * len(names))
+    for op in spec.OP_NAMES:
+        out.append(f"| `{op}` | " + " | ".join(_cell(op, record) for _, record in runs) + " |")
+    return "\n".join(out) + "\n"
+
+
+def _chip(record: Record) -> str:
+    if record.machine.device != "cpu":
+        return record.machine.device
+    # On a CPU the Triton kernels run in Triton's interpreter, and no otherwise.
+    interpreted = " (Triton's interpreter)" * (record.settings["backend"] == "triton")
+    return record.machine.cpu + interpreted
+
+
+def _cell(op: str, record: Record) -> str:
+    for row in record.numbers:
+        if row["op"] == op:
+            result = "" if row["passed"] == row["cases"] else "FAILED: "
+            share = row["share"]
+            speed = f", {100 * float(share):.0f} % of {row['ceiling']}" if share else ""
+            return f"{result}{row['backend']}, {row['passed']} of {row['cases']}{speed}"
+    return "not run"
+
+
+PAGES = {"commands.md": commands, "ops.md": ops, "errors.md": errors, "support.md": support}
 
 
 if __name__ == "__main__":

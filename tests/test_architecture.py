@@ -23,6 +23,7 @@ RANKS = {
     "overleap.errors": 0,
     "overleap.config": 0,
     "overleap.machine": 0,
+    "overleap.devices": 0,
     "overleap.cache.layout": 0,
     "overleap.kernels": 1,
     "overleap.plan": 1,
@@ -41,6 +42,8 @@ RANKS = {
 # Rooms of equal rank do not know each other, except these.
 SIDEWAYS = {
     ("overleap.config", "overleap.errors"),
+    ("overleap.devices", "overleap.errors"),
+    ("overleap.devices", "overleap.machine"),
     ("overleap.cache.layout", "overleap.errors"),
     ("overleap.cache.layout", "overleap.config"),
     ("overleap.checkpoint", "overleap.parallel"),  # loading cuts weights
@@ -54,6 +57,7 @@ BORDERS = {
 }
 TORCH_FREE = [
     "overleap.machine",
+    "overleap.devices",
     "overleap",
     "overleap.errors",
     "overleap.config",

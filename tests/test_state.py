@@ -26,6 +26,7 @@ from tests.checkpoints import random_tensors, tiny_config
 from tests.oracles.running import build, distance, draw_ids, feed, room, start
 from tests.oracles.steady import Steady
 from tests.oracles.watch import clear_text, watched
+from tests.oracles.where import DEVICE
 
 TOLERANCE = 1e-4  # of the largest logit
 CLEAR = 1e-5  # scores closer than this are not told apart by usual arithmetic, see watch.py
@@ -313,7 +314,7 @@ def draft(
         cache.reserve(sequence, last)
         batch = Batch.of([(sequence, run.ids[first:last])], cache, "none")
         streams = run.model(batch, cache).streams
-        following = torch.tensor(run.ids[first + 1 : last + 1])
+        following = torch.tensor(run.ids[first + 1 : last + 1], device=DEVICE)
         parts.append(run.model.draft(streams, following, cache, batch.spans)[0])
     return torch.cat(parts)
 

@@ -28,6 +28,7 @@ from overleap.model.transformer import Transformer
 from tests.checkpoints import random_tensors, tiny_config
 from tests.oracles.running import build, distance, poison
 from tests.oracles.steady import Steady
+from tests.oracles.where import DEVICE
 from tests.test_state import TOLERANCE
 
 SHORT = (1, 127, 128, 129, 255, 256, 257, 383, 384, 385, 511, 512, 513)
@@ -133,7 +134,7 @@ def case(request: pytest.FixtureRequest, seed: int, tmp_path: Path) -> Iterator[
         max_position_embeddings=8192,
     )
     try:
-        ops, served = select(backend), table(backend)
+        ops, served = select(backend, DEVICE.type), table(backend, DEVICE.type)
     except BackendError as error:
         pytest.skip(str(error))
     exact = all(row.backend in EXACT or row.op in MOVES for row in served)

@@ -16,9 +16,12 @@ from overleap.checkpoint import manifest as digests
 from overleap.checkpoint.files import Progress
 from overleap.checkpoint.folder import Checkpoint
 from overleap.checkpoint.hub import Preflight, locate
+from overleap.checkpoint.placing import experts_at, is_routed, tensor_bytes
 from overleap.checkpoint.table import Damaged, Problem, Role
+from overleap.devices import find as find_device
 from overleap.errors import CheckpointError, OverleapError
 from overleap.kernels import select
+from overleap.kernels.mixed import mixed
 from overleap.kernels.spec import Weight
 from overleap.kernels.torch.quant import dequantize
 from overleap.model.transformer import Transformer
@@ -68,6 +71,8 @@ def load(
     """A model ready to run, from a checkpoint in the official layout.
 
     path      a folder, `mini` for the bundled model, or a hub id `org/name`
+    device    as devices.find() takes it: `cpu`, `auto`, a kind, `npu:1`, ... Where it has not the
+              memory for all weights, the routed experts stay on the CPU and are computed there
     dtype     of plain weights and activations; None: that of the embedding as stored (bf16 in
               releases), so that nothing is converted, or f32 with `wide`. Packed weights stay
               packed; on the CPU what keeps its type is a view of the mapped files
@@ -128,8 +133,14 @@ def build(
     """A model from an opened checkpoint; arguments as for load()."""
     if dtype is None:
         dtype = torch.float32 if wide else checkpoint.tensor("embed.weight").dtype
-    model = Transformer(checkpoint.config, select(backend))
-    model.assign({n: t.to(device) for n, t in _placed(checkpoint, dtype, wide)})
+    where = find_device(str(device))
+    experts = experts_at(tensor_bytes(checkpoint, dtype, wide), where)
+    ops = select(backend, where.type)
+    if experts != where:
+        ops = mixed(ops, select("auto", experts.type))
+    model = Transformer(checkpoint.config, ops)
+    tensors = _placed(checkpoint, dtype, wide)
+    model.assign({n: t.to(experts if is_routed(n) else where) for n, t in tensors})
     return model
 
 

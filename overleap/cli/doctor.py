@@ -11,20 +11,14 @@ from pathlib import Path
 
 import typer
 
-from overleap import __version__
+from overleap import __version__, devices
 from overleap.cli import screen
 from overleap.cli.app import CacheDir, Json, app
 from overleap.cli.kept import default_folder
 from overleap.cli.preflight import EXTRAS, Check, Level, checks, worst
 from overleap.errors import BackendError
+from overleap.machine import size
 
-# Device files of chips that torch's CPU build does not drive, what they are, and what would.
-DEVICES = {
-    "/dev/nvidiactl": ("an NVIDIA GPU", "install a CUDA build of torch"),
-    "/dev/kfd": ("an AMD GPU", "install a ROCm build of torch"),
-    "/dev/davinci0": ("an Ascend NPU", "install torch_npu; no own kernels serve it yet"),
-    "/dev/cambricon_dev0": ("a Cambricon MLU", "install torch_mlu; no own kernels serve it yet"),
-}
 FAST = ("avx512f", "avx2", "asimd")  # instruction sets with kernels of their own; else portable
 
 
@@ -104,24 +98,23 @@ def _processor() -> list[Check]:
 
 def _accelerators(root: Path = Path("/")) -> list[Check]:
     """What torch drives, and what is plugged in without it."""
-    import torch
-
-    if torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator()
-        assert device is not None
-        name, driver = device.type, ""
-        if device.type == "cuda":
-            name = torch.cuda.get_device_name()
-            driver = f", CUDA {torch.version.cuda}" if torch.version.cuda else ", ROCm"
-        hint = "`overleap kernels` says what serves; models run on the CPU in this version"
-        return [Check("device", "accelerator", name + driver, Level.WARNING, hint)]
-    found = [
-        Check("device", "accelerator", f"{what} ({path}), torch has no driver for it",
-              Level.WARNING, hint)
-        for path, (what, hint) in DEVICES.items()
-        if (root / path.lstrip("/")).exists()
+    found = [Check("device", "accelerator", _described(kind)) for kind in devices.accelerators()]
+    driven = {kind.name for kind in devices.accelerators()}
+    found += [
+        Check("device", "accelerator", f"{kind.what} ({kind.node}), torch has no driver for it",
+              Level.WARNING, kind.hint)
+        for kind in devices.plugged_in(root) if kind.name not in driven
     ]  # fmt: skip
     return found or [Check("device", "accelerator", "none: the CPU does it all")]
+
+
+def _described(kind: devices.Kind) -> str:
+    """A kind that torch drives: the chip's name, driver and free memory."""
+    device = devices.find(kind.name)
+    parts = [devices.title(device), devices.driver()]
+    free = devices.free_bytes(device)
+    parts.append("" if free is None else f"{size(free)} free")
+    return ", ".join(part for part in parts if part)
 
 
 def _kernels() -> list[Check]:

@@ -6,6 +6,7 @@ Not here: checkpoints (models.py).
 import json
 import math
 import secrets
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,10 +16,22 @@ import typer
 from overleap import __version__
 from overleap.cli import screen
 from overleap.cli.app import CacheKind, Json, Seed, app, cache_format_of, text_of
+from overleap.devices import KINDS
 from overleap.errors import RequestError
 
 if TYPE_CHECKING:
+    import torch
+
     from overleap.kernels.conformance import Ceilings, Verdict
+
+
+Where = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help=f"{', '.join(kind.name for kind in KINDS)} or auto; npu:1 names the second.",
+    ),
+]
 
 
 @app.command()
@@ -48,31 +61,37 @@ def logits(
 @app.command()
 def kernels(
     backend: Annotated[str, typer.Option(help="Kernel backend, or auto.")] = "auto",
+    device: Where = "cpu",
     as_json: Json = False,
 ) -> None:
     """Say which backend serves each op, and why no better one.
 
     Example: `overleap kernels --backend cpu`
     """
+    from overleap import devices
     from overleap.kernels import table
 
-    served = table(backend)
+    served = table(backend, devices.find(device).type)
     if as_json:
         screen.put_json([asdict(row) for row in served])
         return
     rows = [(row.op, row.backend, row.reason) for row in served]
-    screen.put_table(f"{backend} on cpu", ("op", "served by", "why no other"), rows)
+    screen.put_table(f"{backend} on {device}", ("op", "served by", "why no other"), rows)
 
 
 @app.command()
 def conform(
     backend: Annotated[str, typer.Option(help="Kernel backend to prove.")] = "torch",
     op: Annotated[list[str] | None, typer.Option(help="Only these ops.")] = None,
+    device: Where = "cpu",
     seed: Seed = None,
     timed: Annotated[
         bool, typer.Option("--timed", help="Also measure, against this machine's own ceilings.")
     ] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's choice else.")] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Add what was found to conform.jsonl in this folder.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Hold every op of a backend against its definition, and its speed against the machine.
@@ -81,6 +100,7 @@ def conform(
     """
     import torch
 
+    from overleap import devices
     from overleap.kernels import select
     from overleap.kernels.conformance import conform as run
     from overleap.kernels.conformance.ceilings import ceilings
@@ -88,16 +108,19 @@ def conform(
     if threads is not None:
         torch.set_num_threads(threads)
     seed = secrets.randbelow(2**31) if seed is None else seed
-    best = ceilings() if timed else None
+    where = devices.find(device)
+    best = ceilings(where) if timed else None
     with screen.bar("proving", "ops") as bar:
-        verdicts = run(
-            select(backend), torch.device("cpu"), seed=seed, only=op, timed=timed, progress=bar
-        )
+        ops = select(backend, where.type)
+        verdicts = run(ops, where, seed=seed, only=op, timed=timed, progress=bar)
     failed = [v for v in verdicts if not v.passed]
+    if record is not None:
+        _keep(record, verdicts, best, backend, where, seed)
     if as_json:
         screen.put_json(
             {
                 "backend": backend,
+                "device": device,
                 "seed": seed,
                 "threads": torch.get_num_threads(),
                 "ceilings": None if best is None else asdict(best),
@@ -105,13 +128,57 @@ def conform(
             }
         )
     else:
-        title = f"{backend}, seed {seed}, {torch.get_num_threads()} threads"
+        title = f"{backend} on {device}, seed {seed}, {torch.get_num_threads()} threads"
         screen.put_table(title, _COLUMNS[: 7 if best else 4], [_cells(v, best) for v in verdicts])
         if best is not None:
             print(_of_the_machine(best))
         print(f"{len(verdicts) - len(failed)} of {len(verdicts)} cases passed")
     if failed:
         raise typer.Exit(1)
+
+
+def _keep(
+    folder: Path,
+    verdicts: "list[Verdict]",
+    best: "Ceilings | None",
+    backend: str,
+    where: "torch.device",
+    seed: int,
+) -> None:
+    """A record of the run: a row an op, its fastest timed case where there is one."""
+    import torch
+
+    from overleap.eval.record import append, take
+    from overleap.kernels import table
+
+    rows: list[dict[str, Any]] = []
+    for served in table(backend, where.type):
+        found = [v for v in verdicts if v.op == served.op]
+        if not found:
+            continue
+        timed = [v for v in found if v.seconds is not None]
+        fast = max(timed, key=lambda v: v.gigabytes_per_second or 0.0, default=None)
+        share = fast.share(best) if fast is not None and best is not None else None
+        rows.append(
+            {
+                "op": served.op,
+                "backend": served.backend,
+                "cases": len(found),
+                "passed": sum(v.passed for v in found),
+                "gigabytes_per_s": fast and fast.gigabytes_per_second,
+                "share": share and share[0],
+                "ceiling": share and share[1],
+            }
+        )
+    settings: dict[str, Any] = {
+        "backend": backend,
+        "device": where.type,
+        "seed": seed,
+        "threads": torch.get_num_threads(),
+        "timed": best is not None,
+    }
+    path = append(take("conform", rows, settings, device=where), folder)
+    print(f"added to {path}", file=sys.stderr)
 
 
 _COLUMNS = ("op", "case", "result", "error", "GB/s", "Gop/s", "of the ceiling")

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import torch
 
-from overleap import __version__
+from overleap import __version__, devices
 from overleap.errors import OverleapError
 from overleap.machine import cores, cpu_info
 
@@ -151,19 +151,13 @@ def machine(device: str | torch.device = "cpu") -> Machine:
     info = cpu_info()
     # x86 calls them flags, Arm features; Arm kernels do not name the model.
     present = set((info.get("flags") or info.get("Features") or "").split())
-    where = torch.device(device)
-    name = "cpu"
-    if where.type == "cuda":
-        name = torch.cuda.get_device_name(where)
-    elif where.type != "cpu":
-        name = where.type
     return Machine(
         cpu=info.get("model name") or platform.processor() or platform.machine(),
         cores=cores(),
         memory_bytes=_memory_bytes(),
         instructions=tuple(flag for flag in _TELLING if flag in present),
         torch_level=torch.backends.cpu.get_cpu_capability(),
-        device=name,
+        device=devices.title(torch.device(device)),
         system=f"{platform.system()} {platform.machine()}",
     )
 

@@ -1,9 +1,10 @@
 """Who serves each op on a device, decided once when a model is built.
 
 A backend is a folder beside this file, or another package's module named by the entry point group
-`overleap.kernels`; its function `ops()` returns the ops it has by name, or raises BackendError.
-`torch` is the definition and has every fine op on every torch device; coarse ops that a backend
-lacks are composed of the fine ones (composed.py). Read next: spec.py.
+`overleap.kernels`; its function `ops(device)` returns the ops it has by name for a type of device,
+or raises BackendError. Which one a device prefers stands in the table of devices.py. `torch` is the
+definition and has every fine op on every torch device; coarse ops that a backend lacks are composed
+of the fine ones (composed.py). Read next: spec.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,15 +13,19 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
+from overleap.devices import KINDS
 from overleap.errors import BackendError
 from overleap.kernels.composed import Assembled
 from overleap.kernels.spec import COARSE, LEFT_TO_TORCH, OP_NAMES, Ops
 
-OWN = {"cpu": "overleap.kernels.cpu", "torch": "overleap.kernels.torch"}
+OWN = {
+    "cpu": "overleap.kernels.cpu",
+    "torch": "overleap.kernels.torch",
+    "triton": "overleap.kernels.triton",
+}
 DEFINITION = "torch"
 COMPOSED = "fine ops"  # serve a coarse op that no backend in line has
 LEFT = "whole matrix products alone, torch's are as fast"
-PREFERRED = {"cpu": ("cpu",)}  # by type of device; what these lack, the definition serves
 
 
 @dataclass(frozen=True)
@@ -60,22 +65,28 @@ def native(wanted: str = "auto", device: str = "cpu") -> bool:
     )
 
 
+def preferred(device: str) -> tuple[str, ...]:
+    """What is made for this type of device; what it lacks, the definition serves."""
+    return tuple(dict.fromkeys(k.kernels for k in KINDS if k.type == device and k.kernels))
+
+
 def shortfall(device: str = "cpu") -> str | None:
     """Why what is made for this type of device serves nothing, in one sentence; None if it does."""
     rows = [row for row in table("auto", device) if row.op not in LEFT_TO_TORCH]
-    if not PREFERRED.get(device) or any(row.backend in PREFERRED[device] for row in rows):
+    best = preferred(device)
+    if not best or any(row.backend in best for row in rows):
         return None
     return f"the torch backend serves every op: {rows[0].reason}"
 
 
 def _decide(wanted: str, device: str) -> tuple[dict[str, Any], list[Served]]:
-    line = PREFERRED.get(device, ()) if wanted == "auto" else (wanted,)
+    line = preferred(device) if wanted == "auto" else (wanted,)
     found: dict[str, Any] = {}
     why = dict.fromkeys(OP_NAMES, "")
     who = {op: COMPOSED if op in COARSE else DEFINITION for op in OP_NAMES}
     for name in line:
         try:
-            having = _ops_of(name)
+            having = _ops_of(name, device)
         except BackendError as error:
             if wanted != "auto":
                 raise
@@ -86,12 +97,12 @@ def _decide(wanted: str, device: str) -> tuple[dict[str, Any], list[Served]]:
                 found[op], who[op] = having[op], name
             elif op not in found:
                 why[op] = why[op] or (LEFT if op in LEFT_TO_TORCH else f"{name} has none")
-    for op, function in _ops_of(DEFINITION).items():
+    for op, function in _ops_of(DEFINITION, device).items():
         found.setdefault(op, function)
     return found, [Served(op, who[op], why[op]) for op in OP_NAMES]
 
 
-def _ops_of(name: str) -> Mapping[str, Callable[..., Any]]:
+def _ops_of(name: str, device: str) -> Mapping[str, Callable[..., Any]]:
     if name in OWN:
         module = import_module(OWN[name])
     else:
@@ -101,7 +112,7 @@ def _ops_of(name: str) -> Mapping[str, Callable[..., Any]]:
                 f"no kernel backend is called {name!r}", f"backends are {', '.join(backends())}"
             )
         module = entries[name].load()
-    ops: Mapping[str, Callable[..., Any]] = module.ops()
+    ops: Mapping[str, Callable[..., Any]] = module.ops(device)
     unknown = sorted(set(ops) - set(OP_NAMES))
     if unknown:
         raise BackendError(f"backend {name!r} offers {', '.join(unknown)}, which are no ops")

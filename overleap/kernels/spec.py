@@ -55,7 +55,7 @@ class Experts:
             else [n for w in trio for n in (w.data.data_ptr(), 0)]
             for trio in zip(self.w1, self.w2, self.w3, strict=True)
         ]
-        return torch.tensor(rows, dtype=torch.int64)
+        return torch.tensor(rows, dtype=torch.int64).to(self.w1[0].data.device)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def red(monkeypatch: pytest.MonkeyPatch) -> str:
         return out
 
     module: Any = ModuleType("red_backend")
-    module.ops = lambda: {**select_all(), "hadamard": hadamard}
+    module.ops = lambda device: {**select_all(), "hadamard": hadamard}
     monkeypatch.setitem(kernels.OWN, "red", "red_backend")
     monkeypatch.setitem(__import__("sys").modules, "red_backend", module)
     gate._red.cache_clear()
@@ -75,7 +75,7 @@ def red(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def select_all() -> dict[str, Any]:
-    return dict(kernels.import_module("overleap.kernels.torch").ops())
+    return dict(kernels.import_module("overleap.kernels.torch").ops("cpu"))
 
 
 def test_a_red_op_is_not_measured(red: str, tmp_path: Path) -> None:

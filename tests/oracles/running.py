@@ -11,13 +11,16 @@ from overleap.cache.state import Cache, Sequence
 from overleap.config import ModelConfig
 from overleap.kernels.spec import Ops
 from overleap.model.transformer import Batch, Transformer
+from tests.oracles import where
 
 
 def build(config: ModelConfig, tensors: dict[str, Tensor], ops: Ops | None = None) -> Transformer:
     """A model with these tensors; plain ones in float32, as on a CPU."""
-    model = Transformer(config, ops)
+    model = Transformer(config, ops or where.ops())
     plain = (torch.bfloat16, torch.float16)
-    model.assign({n: t.float() if t.dtype in plain else t for n, t in tensors.items()})
+    model.assign(
+        {n: (t.float() if t.dtype in plain else t).to(where.DEVICE) for n, t in tensors.items()}
+    )
     return model
 
 
@@ -32,7 +35,8 @@ def poison(cache: Cache) -> None:
 
 def room(config: ModelConfig, tokens: int, cache_format: CacheFormat, slots: int = 2) -> Cache:
     """A poisoned cache for `slots` sequences of `tokens` tokens each."""
-    cache = Cache(config, pages=slots * pages_for(tokens), slots=slots, format=cache_format)
+    pages = slots * pages_for(tokens)
+    cache = Cache(config, pages=pages, slots=slots, format=cache_format, device=where.DEVICE)
     poison(cache)
     return cache
 

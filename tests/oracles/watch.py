@@ -11,11 +11,11 @@ from torch import Tensor
 
 from overleap.cache.layout import CacheFormat
 from overleap.config import ModelConfig
-from overleap.kernels import select
 from overleap.kernels.composed import Assembled
 from overleap.kernels.spec import Ops, Pool, Spans
 from overleap.kernels.torch.attention import entry_rows
 from overleap.kernels.torch.linear import values_of
+from tests.oracles import where
 from tests.oracles.running import build, draw_ids, feed, room, start
 
 
@@ -25,7 +25,7 @@ def watched() -> tuple[Ops, list[Tensor]]:
     A margin is the score of the last one chosen minus that of the first left out, relative to
     the largest score. For one sequence read in one piece.
     """
-    ops, margins = select(), list[Tensor]()
+    ops, margins = where.ops(), list[Tensor]()
 
     def route(
         x: Tensor,
@@ -43,7 +43,7 @@ def watched() -> tuple[Ops, list[Tensor]]:
     def index_topk(
         q_TI: Tensor, weight_TI: Tensor, keys: Pool, ratio: int, spans: Spans, k: int
     ) -> Tensor:
-        number = torch.arange((spans.start[0] + spans.count[0]) // ratio)
+        number = torch.arange((spans.start[0] + spans.count[0]) // ratio, device=q_TI.device)
         rows = values_of(entry_rows(keys, spans.table_BP[0], number), keys.format).double()
         dots = (values_of(q_TI, keys.format).double() @ rows.t()).relu()
         score = (dots * weight_TI.double()[..., None]).sum(1)
@@ -57,7 +57,7 @@ def watched() -> tuple[Ops, list[Tensor]]:
 def _margin(score_TS: Tensor, k: int) -> Tensor:
     ordered = score_TS.sort(dim=-1, descending=True).values
     if ordered.shape[1] <= k:
-        return torch.full(ordered.shape[:1], torch.inf, dtype=torch.float64)
+        return ordered.new_full(ordered.shape[:1], torch.inf)
     gap = ordered[:, k - 1] - ordered[:, k]  # -inf minus -inf: fewer than k are visible
     largest = score_TS.masked_fill(score_TS == -torch.inf, 0).abs().max()
     return torch.where(ordered[:, k] == -torch.inf, torch.inf, gap) / largest
@@ -85,7 +85,7 @@ def clear_text(
         logits = feed(model, cache, start(cache, length), ids)
         unclear = torch.zeros(length, dtype=torch.bool)
         for one in margins:
-            unclear |= one < margin
+            unclear |= (one < margin).cpu()
         if not unclear.any():
             return ids, logits
         ids[int(unclear.nonzero()[0])] = draw_ids(config, 1, generator)[0]

@@ -3,7 +3,6 @@
 Not here: what an op moves and counts (kernels/cost.py). Read next: run.py (shares of a ceiling).
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from overleap import devices
 from overleap.errors import BackendError
 
 REPEATS, ENOUGH_S = 7, 0.4  # the best of up to 7 runs within 0.4 s, after one that does not count
@@ -153,11 +153,7 @@ def _shortest(run: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest run: a ceiling is what can be had, so that the best counts."""
     best, spent, done = float("inf"), 0.0, -1
     while done < REPEATS and spent < ENOUGH_S:
-        began = time.perf_counter()
-        run()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        seconds = time.perf_counter() - began
+        seconds = devices.seconds(run, device)
         if done >= 0:
             best, spent = min(best, seconds), spent + seconds
         done += 1

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from itertools import chain, cycle
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from overleap import devices
 from overleap.errors import BackendError
 from overleap.kernels.conformance import cases, choosing, coarse, sequences
 from overleap.kernels.conformance.cases import Case, Cases
@@ -156,7 +158,7 @@ def _try(ops: Ops, name: str, draw: Draw, timed: bool, enough_s: float) -> list[
     verdicts, large = [], []
     ended = time.perf_counter() + enough_s
     for case in chain(EDGES[name](draw, timed) if name in EDGES else (), CASES[name](draw, timed)):
-        found = _judge(op, case)
+        found = _judge(op, case, draw.device)
         label = f"{case.name} {str(case.dtype).removeprefix('torch.')}"
         passed = found.error <= case.tolerance
         verdicts.append(Verdict(name, label, passed, found.error, case.tolerance, found.reason))
@@ -170,7 +172,7 @@ def _try(ops: Ops, name: str, draw: Draw, timed: bool, enough_s: float) -> list[
     return verdicts
 
 
-def _judge(op: Callable[..., Any] | None, case: Case) -> Finding:
+def _judge(op: Callable[..., Any] | None, case: Case, device: torch.device) -> Finding:
     """Call the op once, with memory it allocates full of NaN, and check all it did."""
     if op is None:
         return wrong("the backend has no such op")
@@ -184,6 +186,9 @@ def _judge(op: Callable[..., Any] | None, case: Case) -> Finding:
     changed = sum(not _same(a, b) for a, b in zip(before, _tensors(kept), strict=True))
     if changed:
         return wrong(f"{changed} of its inputs changed")
+    for tensor in _tensors(got):
+        if tensor.device.type != device.type:
+            return wrong(f"a result is on {tensor.device}, the inputs are on {device}")
     return case.check(got)
 
 
@@ -197,12 +202,7 @@ def _timed(
         turns = cycle(_copies(case.args, must.bytes))
         op(*next(turns))
         while len(times) < REPEATS and sum(times) < ENOUGH_S:
-            args = next(turns)
-            began = time.perf_counter()
-            op(*args)
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
-            times.append(time.perf_counter() - began)
+            times.append(devices.seconds(partial(op, *next(turns)), device))
     return replace(verdict, seconds=statistics.median(times), cost=must)
 
 

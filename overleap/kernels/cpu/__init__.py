@@ -10,8 +10,10 @@ from typing import Any
 from overleap.errors import BackendError
 
 
-def ops() -> Mapping[str, Callable[..., Any]]:
-    """The ops that have native code. BackendError where the extension was not built."""
+def ops(device: str) -> Mapping[str, Callable[..., Any]]:
+    """The ops that have native code. BackendError for other devices, or where it was not built."""
+    if device != "cpu":
+        raise BackendError(f"the native kernels run on a CPU, not on a device of type {device}")
     try:
         import overleap.kernels.cpu._native  # noqa: F401
     except ImportError as error:

@@ -6,8 +6,8 @@ from typing import Any
 from overleap.kernels.torch import attention, compress, hyper, linear, moe, orthogonalise, sample
 
 
-def ops() -> Mapping[str, Callable[..., Any]]:
-    """Every op of the contract by name."""
+def ops(device: str) -> Mapping[str, Callable[..., Any]]:
+    """Every fine op of the contract by name, whatever the type of device."""
     return {
         "matmul": linear.matmul,
         "grouped_matmul": linear.grouped_matmul,

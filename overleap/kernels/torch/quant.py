@@ -8,6 +8,7 @@ Only integer and float32 arithmetic on plain dtypes is used, so that every torch
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -249,15 +250,22 @@ def _join_nibbles(codes: Tensor) -> Tensor:
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
+@cache
+def _on_device(table: tuple[float, ...], device: torch.device) -> Tensor:
+    """A table f32, brought to the device once and not for every weight; fit for training too."""
+    with torch.inference_mode(False):
+        return torch.tensor(table, dtype=torch.float32, device=device)
+
+
 def _lookup(table: tuple[float, ...], codes: Tensor) -> Tensor:
     """table[code] for u8 [...] -> f32 [...]."""
-    values = torch.tensor(table, dtype=torch.float32, device=codes.device)
+    values = _on_device(table, codes.device)
     return values.index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape)
 
 
 def _lookup_pairs(codes: Tensor) -> Tensor:
     """u8 [..., n], two e2m1 codes each -> f32 [..., 2n]."""
-    pairs = torch.tensor(_E2M1_PAIRS, dtype=torch.float32, device=codes.device)
+    pairs = _on_device(_E2M1_PAIRS, codes.device)
     # Both values of a byte move as one 64-bit word: four times the speed of rows of two.
     found = pairs.view(torch.int64).index_select(0, codes.reshape(-1).to(torch.int32))
     return found.view(torch.float32).view(*codes.shape[:-1], 2 * codes.shape[-1])

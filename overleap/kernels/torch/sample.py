@@ -17,8 +17,9 @@ def sample(
     """See spec.Ops.sample."""
     rows, vocabulary = logits_YV.shape
     assert len(choices) == rows
-    ids = torch.full((rows, 1 + (best or 0)), -1)
-    logprob = torch.full((rows, 0 if best is None else 1 + best), -torch.inf, dtype=torch.float64)
+    device, width = logits_YV.device, 0 if best is None else 1 + best
+    ids = torch.full((rows, 1 + (best or 0)), -1, device=device)
+    logprob = torch.full((rows, width), -torch.inf, dtype=torch.float64, device=device)
     for row, (logits_V, choice) in enumerate(zip(logits_YV, choices, strict=True)):
         open_V = logits_V
         if allowed_YB is not None:
@@ -33,7 +34,7 @@ def sample(
         found = largest(logits_V, best)[1]
         ids[row, 1 : 1 + len(found)] = found
         logprob[row, : 1 + len(found)] = logprob_V[ids[row, : 1 + len(found)]]
-    return ids.to(logits_YV.device), logprob.to(logits_YV.device)
+    return ids, logprob
 
 
 def bits(packed_B: Tensor, count: int) -> Tensor:
@@ -86,7 +87,7 @@ def largest(values_V: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
         values, ids = values_V.sort(descending=True, stable=True)
         return values, ids
     if count == 0:
-        return values_V[:0], torch.empty(0, dtype=torch.int64)
+        return values_V[:0], torch.empty(0, dtype=torch.int64, device=values_V.device)
     # topk leaves the order of equal values open, so it only tells the bar to pass.
     bar = values_V.topk(count).values[-1]
     ids = (values_V >= bar).nonzero().squeeze(1)

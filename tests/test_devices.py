@@ -1,0 +1,140 @@
+"""The table of devices: what is there, what is not, and that nothing is imported unasked."""
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from overleap import devices, machine
+from overleap.devices import CPU, KINDS
+from overleap.errors import BackendError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Chip:
+    """What torch knows of a device that is not here: two of a kind, 3 GiB free on the second."""
+
+    @staticmethod
+    def is_available() -> bool:
+        return True
+
+    @staticmethod
+    def device_count() -> int:
+        return 2
+
+    @staticmethod
+    def get_device_name(device: Any = None) -> str:
+        return "Chip 3000"
+
+    @staticmethod
+    def mem_get_info(device: Any = None) -> tuple[int, int]:
+        return (3 << 30, 8 << 30) if torch.device(device).index == 1 else (0, 8 << 30)
+
+
+@pytest.fixture
+def npu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A package torch_npu, and a module of torch for its devices."""
+    (tmp_path / "torch_npu.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch, "get_device_module", lambda device=None: Chip)
+    monkeypatch.setattr(torch, "device", Name)
+
+
+class Name:
+    """A torch.device for a type that this build of torch does not know."""
+
+    def __init__(self, text: Any) -> None:
+        self.text = str(text)
+        self.type, _, number = self.text.partition(":")
+        self.index = int(number) if number else None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def test_a_cpu_is_always_there() -> None:
+    assert devices.find("cpu") == torch.device("cpu")
+    assert devices.kind_of(torch.device("cpu")) is CPU
+    assert devices.title(torch.device("cpu")) == "cpu"
+    assert devices.count(CPU) == 1
+    free, known = devices.free_bytes(torch.device("cpu")), machine.free_bytes()
+    assert free is not None and known is not None and abs(free - known) < 2**30
+    devices.synchronise(torch.device("cpu"))
+    assert 0 <= devices.seconds(lambda: None, torch.device("cpu")) < 10
+
+
+def test_auto_takes_what_is_there(npu: None) -> None:
+    assert str(devices.find("auto")) in [kind.type for kind in KINDS if kind is not CPU]
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_auto_without_an_accelerator_is_the_cpu() -> None:
+    assert devices.find("auto") == torch.device("cpu")
+    assert devices.accelerators() == []
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k is not CPU], ids=lambda kind: kind.name)
+def test_what_is_not_there_says_what_would_bring_it(kind: devices.Kind) -> None:
+    if devices.present(kind):
+        pytest.skip(f"{kind.what} is here")
+    with pytest.raises(BackendError) as refused:
+        devices.find(kind.name)
+    assert kind.what in refused.value.message and refused.value.hint == kind.hint
+
+
+def test_a_vendor_package_is_imported_when_asked_for(npu: None) -> None:
+    assert "torch_npu" not in sys.modules
+    device: Any = devices.find("npu:1")
+    try:
+        assert isinstance(sys.modules["torch_npu"], ModuleType)
+        assert (device.type, device.index) == ("npu", 1)
+        kind = devices.kind_of(device)
+        assert (kind.name, kind.group, devices.count(kind)) == ("npu", "hccl", 2)
+        assert devices.free_bytes(device) == 3 << 30
+        assert devices.title(device) == "Chip 3000"
+        for name in ("npu:2", "npu:x", "npu:-1"):
+            with pytest.raises(BackendError, match="npu has 2"):
+                devices.find(name)
+    finally:
+        sys.modules.pop("torch_npu", None)
+
+
+def test_a_name_that_nothing_has() -> None:
+    with pytest.raises(BackendError, match="no device is called 'gpu'") as refused:
+        devices.find("gpu")
+    assert all(kind.name in str(refused.value.hint) for kind in KINDS)
+
+
+def test_files_tell_what_is_plugged_in(tmp_path: Path) -> None:
+    assert devices.plugged_in(tmp_path) == []
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "kfd").write_text("")
+    assert [kind.name for kind in devices.plugged_in(tmp_path)] == ["rocm"]
+
+
+def test_backends_are_fit_for_their_kinds() -> None:
+    groups = {kind.name: kind.group for kind in KINDS}
+    assert groups == {
+        "cpu": "gloo", "cuda": "nccl", "rocm": "nccl", "xpu": "xccl", "mps": "gloo",
+        "npu": "hccl", "mlu": "cncl",
+    }  # fmt: skip
+
+
+def test_one_vendor_is_named_in_two_places_only() -> None:
+    """In the table, and in the kernels written for it."""
+    allowed = (ROOT / "overleap" / "devices.py", ROOT / "overleap" / "kernels" / "triton")
+    texts = [
+        p for p in (ROOT / "overleap").rglob("*") if p.suffix in (".py", ".toml", ".cpp", ".h")
+    ]
+    found = [
+        str(path.relative_to(ROOT))
+        for path in texts
+        if re.search("cuda", path.read_text("utf-8"), re.IGNORECASE)
+        and not any(path == a or a in path.parents for a in allowed)
+    ]
+    assert len(texts) > 100 and found == []
