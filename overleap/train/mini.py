@@ -1,16 +1,16 @@
-"""The recipe of the bundled model: its configuration, its stages, and the command that runs them.
+"""The recipe of the bundled model: its configuration and its stages.
 
-    python -m overleap.train.mini FOLDER
+    overleap train mini --into FOLDER --text PATH ...
 
-Not a framework: another model is another recipe. Read next: loop.py, bundled/mini/MODEL_CARD.md.
+Not a framework: another model is another recipe. Read next: recipe.py, loop.py,
+bundled/mini/MODEL_CARD.md.
 """
 
-import sys
-from pathlib import Path
-
 from overleap.config import ModelConfig, Yarn
-from overleap.train.data import VOCABULARY, corpus, train_tokenizer
-from overleap.train.loop import Recipe, Stage, run
+from overleap.train.data import Tasks, Text
+from overleap.train.recipe import Recipe, Stage
+
+VOCABULARY = 8192
 
 
 def configuration() -> ModelConfig:
@@ -33,7 +33,7 @@ def configuration() -> ModelConfig:
         index_n_heads=4,
         index_head_dim=64,
         index_topk=64,
-        n_routed_experts=8,
+        n_routed_experts=16,
         num_experts_per_tok=2,
         moe_intermediate_size=128,
         num_hash_layers=2,
@@ -43,33 +43,30 @@ def configuration() -> ModelConfig:
 
 
 def recipe() -> Recipe:
-    """Short dense samples first, then longer ones, then sparse and rounded as released.
+    """Short dense rows first, then longer ones, then sparse and rounded as released.
 
     Fast at first: where facts stand and their attributes are found within a hundred steps. Slower
     then: telling entities apart wants small steps.
     """
+
+    def mixed(text: float, planted: int, values: float = 0.1) -> tuple[Text | Tasks, ...]:
+        facts = Tasks(1 - text - values, "fact", planted, planted)
+        several = Tasks(values, "values", planted // 3, planted // 3)
+        return (facts, several, Text(text)) if text else (facts, several)
+
+    first = Tasks(1.0, "fact", 12, 12, alike=(0.3, 0.6))
     return Recipe(
         config=configuration(),
         stages=(
-            Stage(200, 512, 8, facts=12, turns=12, share=(0.3, 0.6)),
-            Stage(150, 512, 8, facts=12, turns=12, rate=0.5),
-            Stage(100, 1024, 4, facts=20, turns=20, rate=0.5),
-            Stage(120, 2048, 2, facts=32, turns=32, rate=0.5, mtp=0.3),
-            Stage(230, 4096, 1, 48, 48, sparse=True, rounding=True, rate=0.5, mtp=0.3),
+            Stage(200, 512, 16, (first,), language=0.3),
+            Stage(200, 512, 16, mixed(0.25, 12), language=0.5, rate=0.5, mtp=0.3),
+            Stage(200, 1024, 8, mixed(0.5, 20), rate=0.5, mtp=0.3),
+            Stage(1000, 4096, 4, mixed(0.6, 48), rate=0.5, mtp=0.3),
+            Stage(20, 4096, 4, mixed(0.5, 48), indexer_only=True, rate=0.5),
+            Stage(150, 16384, 1, mixed(0.6, 64), sparse=True, rate=0.5, mtp=0.1),
+            Stage(25, 65536, 1, mixed(0.6, 64), sparse=True, rounding=True, rate=0.5, mtp=0.1),
+            Stage(150, 4096, 4, mixed(0.5, 48), sparse=True, rounding=True, rate=0.5, mtp=0.1),
         ),
-        matrix_rate=0.02,
-        other_rate=3e-3,
         seed=1,
+        vocabulary=VOCABULARY,
     )
-
-
-def main(folder: Path) -> None:
-    """Tokenizer, then training; continues where an earlier run in `folder` stopped."""
-    tokenizer = folder / "tokenizer.json"
-    if not tokenizer.exists():
-        train_tokenizer(corpus()[0], tokenizer)
-    run(recipe(), folder, tokenizer)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
