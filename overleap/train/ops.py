@@ -135,7 +135,7 @@ class TrainingOps(Composed):
                 rounded = quant.round_fp4(wide)
             else:
                 plain = row.width - self._rope
-                rounded = wide.clone()
+                rounded = wide.bfloat16().float()  # as the rotary dims are kept
                 rounded[..., :plain] = quant.round_fp8(
                     wide[..., :plain].contiguous(), ROPE_FREE_GROUP
                 )

@@ -112,9 +112,7 @@ class Pass:
         self.ops.packed = frozenset(
             id(module.weight)
             for name, module in self.model.named_modules()
-            if isinstance(module, Linear)
-            and not module.exact
-            and f"{name}.weight" in self._roles
+            if isinstance(module, Linear) and not module.exact and f"{name}.weight" in self._roles
         )
 
     def losses(

@@ -42,7 +42,9 @@ def their_gradients(
 def our_gradients(work: Pass, stage: Stage, rows: list) -> tuple[Tensor, dict[str, Tensor]]:
     total, _, _ = work.losses(stage, rows, "seed")
     total.backward()
-    return total.detach(), {n: p.grad for n, p in work.model.named_parameters() if p.grad is not None}
+    return total.detach(), {
+        n: p.grad for n, p in work.model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("topk", [1024, 8], ids=["dense", "sparse"])
