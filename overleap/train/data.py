@@ -230,12 +230,15 @@ class Rows:
         return Row(ids, counts, learn, [], [])
 
     def spoken(self, talk: dict[str, Any]) -> tuple[list[int], list[bool]]:
-        """A finished conversation as ids, and where the next token is the assistant's."""
+        """A finished conversation as ids, and where the next token is the assistant's.
+
+        Written with thinking where a message has reasoning_content, else without.
+        """
         try:
             prompt = render_chat(
                 talk["messages"],
                 profile=self.profile,
-                thinking=talk.get("thinking"),
+                thinking=any(m.get("reasoning_content") for m in talk["messages"]),
                 tools=talk.get("tools", ()),
                 transcript=True,
             )

@@ -63,7 +63,7 @@ def save_state(
     home = place(folder, step)
     home.parent.mkdir(parents=True, exist_ok=True)
     target = home.with_name(f"{home.name}.state-{rank}")
-    partial = target.with_suffix(".partial")
+    partial = target.with_name(f"{target.name}.partial")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(plain, partial, {"facts": json.dumps(facts)})
     with partial.open("rb") as file:

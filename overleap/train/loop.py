@@ -23,12 +23,14 @@ from torch.multiprocessing.spawn import spawn
 
 from overleap.chat.profiles import profile_for
 from overleap.chat.tokenizer import Tokenizer
+from overleap.checkpoint.convert import parameters
+from overleap.checkpoint.table import tensor_table
 from overleap.errors import TrainingError
 from overleap.train import kept
 from overleap.train.data import Rows, fact_words
 from overleap.train.losses import move_bias
 from overleap.train.muon import Optimizer
-from overleap.train.passes import Pass, best_dtype, trainable
+from overleap.train.passes import Pass, best_dtype, peak_flops, trainable
 from overleap.train.recipe import Recipe, Stage, from_json
 from overleap.train.shards import Shard, build, train_tokenizer
 from overleap.train.text import documents
@@ -134,9 +136,10 @@ class Trainer:
             self._load(newest)
 
     def run(self) -> None:
-        """All steps that are left."""
+        """All steps that are left. MFU counts six operations a weight that a token meets."""
         began = saved = time.monotonic()
-        first, tokens = self.step, 0
+        first, tokens, peak = self.step, 0, peak_flops(self.work.ops.dtype) * self.ranks
+        active = parameters(self.recipe.config, tensor_table(self.recipe.config))["active"]
         while self.step < self.recipe.steps:
             number, _ = self.recipe.place(self.step)
             stage = self.recipe.stages[number]
@@ -149,6 +152,7 @@ class Trainer:
             done = max(self.step - first, 1)
             record |= {
                 "tokens_per_s": round(tokens / seconds),
+                "mfu": round(6 * active * tokens / seconds / peak, 4),
                 "minutes": round(seconds / 60, 2),
                 "minutes_left": round((self.recipe.steps - self.step) * seconds / done / 60, 1),
             }
@@ -199,7 +203,7 @@ class Trainer:
                 share = len(rows) / stage.rows
                 seed = f"{self.recipe.seed}/{self.step + self.skipped}/{group}"
                 total, record, load = self.work.losses(stage, rows, seed)
-                (total * share).backward()  # type: ignore[no-untyped-call]
+                (total * share).backward()
                 self.work.ops.take()
                 for key, value in (record | {"loss": float(total.detach())}).items():
                     figures.setdefault(key, []).extend([value] * len(rows))
@@ -221,7 +225,7 @@ class Trainer:
     def _pooled_loads(self, loads: dict[int, tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         biases = [(n, p) for n, p in self.model.named_parameters() if n.endswith("gate.bias")]
         none = torch.zeros(self.recipe.config.n_routed_experts)
-        out = []
+        out: list[tuple[Tensor, Tensor]] = []
         for _, bias in biases:
             load = loads.get(id(bias), (bias, none.to(bias.device)))[1]
             if self.ranks > 1:

@@ -385,4 +385,5 @@ def _pool(rows_T2W: Tensor, ape: Tensor, ratio: int, begins: Tensor) -> Tensor:
         old_gate = old_gate.masked_fill(fresh[:, None, None], -torch.inf)
         value = torch.cat((old_value, value[..., half:]), dim=1)
         gate = torch.cat((old_gate, gate[..., half:]), dim=1)
-    return (value * gate.softmax(dim=1)).sum(dim=1)
+    pooled: Tensor = (value * gate.softmax(dim=1)).sum(dim=1)
+    return pooled

@@ -3,7 +3,9 @@
 Not the loop (loop.py), nor the formulas (losses.py). Read next: losses.py, ops.py.
 """
 
+import math
 import random
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +50,18 @@ def trainable(recipe: Recipe) -> dict[str, Tensor]:
     if recipe.base:
         return read_weights(Path(recipe.base), recipe.config)
     return initial_weights(recipe.config, recipe.seed)
+
+
+def peak_flops(dtype: torch.dtype, size: int = 1024) -> float:
+    """Operations a second of one large product on this rank: what MFU is a share of."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.randn(size, size, dtype=dtype, device=device)
+    best = math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        float((a @ a)[0, 0])
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,8 @@ def train_tokenizer(texts: Iterable[str], path: Path, size: int, words: Iterable
     names += [f"<｜place▁holder▁no▁{i}｜>" for i in range(size - len(names))]
     if len(set(names)) != size:
         raise TrainingError(
-            f"{len(set(names))} different tokens were made, {size} expected",
-            f"{fixed} are fixed, {len(words)} words need merges of their own",
+            f"{len(set(names))} tokens are the least for these words, {size} were asked for",
+            f"{fixed} are fixed, and {len(words)} words take a merge for every piece of theirs",
         )
     raw["model"]["vocab"] = {name: i for i, name in enumerate(names)}
     raw["model"]["merges"] = [list(pair) for pair in merges]

@@ -20,6 +20,7 @@ PLAIN = (
 HTML = (".html", ".htm", ".xhtml")
 PACKED = (".gz", ".dz")  # a dictd file is gzip with an index
 STRAY = 1000  # a text may hold one byte in so many that is not UTF-8
+_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", ".git"}  # not of the folder itself
 LEAST = 64  # characters: shorter texts are no documents
 
 
@@ -34,7 +35,7 @@ def documents(paths: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
         if not path.exists():
             raise TrainingError(f"{path} does not exist")
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if not file.is_file() or file.is_symlink():
+            if not file.is_file() or file.is_symlink() or _LEFT_OUT & {*file.relative_to(path).parts}:
                 continue
             for name, text in _of_file(file):
                 if len(text) >= LEAST:

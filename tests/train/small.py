@@ -12,7 +12,7 @@ from overleap.train.recipe import Recipe, Stage
 
 def small_config(**changes: object) -> ModelConfig:
     config = ModelConfig(
-        vocab_size=2048,
+        vocab_size=4096,
         hidden_size=32,
         num_hidden_layers=4,
         num_attention_heads=2,
@@ -46,7 +46,7 @@ def small_recipe(seed: int, steps: int, **changes: object) -> Recipe:
         "config": small_config(index_topk=16),
         "stages": stages,
         "seed": seed,
-        "vocabulary": 2048,
+        "vocabulary": 4096,
         "warmup_steps": 1,
         "group_tokens": 256,
         "compiled": False,
@@ -76,7 +76,7 @@ def pass_of(
     return Pass(recipe, {n: t.clone() for n, t in weights.items()}, dtype)
 
 
-def random_row(counts: list[int], seed: int, vocabulary: int = 2048) -> Row:
+def random_row(counts: list[int], seed: int, vocabulary: int = 4096) -> Row:
     """Documents of random tokens, everything learned, nothing asked."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, vocabulary, (sum(counts),), generator=generator).tolist()

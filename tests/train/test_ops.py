@@ -1,4 +1,4 @@
-"""The training ops: what kernels/torch gives, forward and backward, and exact slopes of each part."""
+"""The training ops: what kernels/torch gives, and exact slopes of each part."""
 
 import pytest
 import torch

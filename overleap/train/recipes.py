@@ -1,10 +1,14 @@
-"""The recipe of the bundled model: its configuration and its stages.
+"""Our recipes: the bundled model, and one that is done in minutes.
 
-    overleap train mini --into FOLDER --text PATH ...
+    overleap train mini FOLDER --text PATH ...
+    overleap train examples FOLDER
 
-Not a framework: another model is another recipe. Read next: recipe.py, loop.py,
+Not a framework: another model is another function. Read next: recipe.py, loop.py,
 bundled/mini/MODEL_CARD.md.
 """
+
+import sysconfig
+from collections.abc import Callable
 
 from overleap.config import ModelConfig, Yarn
 from overleap.train.data import Tasks, Text
@@ -13,7 +17,7 @@ from overleap.train.recipe import Recipe, Stage
 VOCABULARY = 8192
 
 
-def configuration() -> ModelConfig:
+def mini_config() -> ModelConfig:
     """V4 with every layer kind, small enough to train on two CPU cores.
 
     YaRN by 256 from 4,096: pairs slower than the training length turn as slowly at a million
@@ -42,7 +46,7 @@ def configuration() -> ModelConfig:
     )
 
 
-def recipe() -> Recipe:
+def mini() -> Recipe:
     """Short dense rows first, then longer ones, then sparse and rounded as released.
 
     Fast at first: where facts stand and their attributes are found within a hundred steps. Slower
@@ -56,7 +60,7 @@ def recipe() -> Recipe:
 
     first = Tasks(1.0, "fact", 12, 12, alike=(0.3, 0.6))
     return Recipe(
-        config=configuration(),
+        config=mini_config(),
         stages=(
             Stage(200, 512, 16, (first,), language=0.3),
             Stage(200, 512, 16, mixed(0.25, 12), language=0.5, rate=0.5, mtp=0.3),
@@ -70,3 +74,37 @@ def recipe() -> Recipe:
         seed=1,
         vocabulary=VOCABULARY,
     )
+
+
+def examples() -> Recipe:
+    """A smaller model of the same kinds of layers, from the standard library alone.
+
+    Answers planted facts after some minutes of two cores; its checkpoints serve as they are.
+    """
+    config = mini_config().with_(
+        vocab_size=4096,
+        hidden_size=128,
+        num_attention_heads=4,
+        head_dim=96,
+        q_lora_rank=96,
+        o_lora_rank=64,
+        index_n_heads=2,
+        n_routed_experts=4,
+        moe_intermediate_size=128,
+    )
+    early = Tasks(1.0, "fact", 12, 12, alike=(0.3, 0.6))
+    later = Tasks(1.0, "fact", 20, 20)
+    return Recipe(
+        config=config,
+        stages=(
+            Stage(250, 512, 16, (early,), language=0.2),
+            Stage(250, 512, 16, (Tasks(1.0, "fact", 12, 12),), language=0.2, rate=0.5),
+            Stage(100, 1024, 8, (later,), language=0.2, sparse=True, rounding=True, rate=0.5),
+        ),
+        seed=1,
+        text=(sysconfig.get_paths()["stdlib"],),
+        vocabulary=4096,
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"mini": mini, "examples": examples}
