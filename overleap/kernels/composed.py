@@ -24,9 +24,31 @@ class Composed(Ops):
             x = self.rms_norm(x, norm, eps)
         made = []
         for part in parts:
-            found = [self.matmul(x, w, part.round_input, part.wide) for w in part.weights]
+            given = x.detach() if part.detached else x
+            found = [self.matmul(given, w, part.round_input, part.wide) for w in part.weights]
             made.append(found[0] if len(found) == 1 else torch.cat(found, dim=-1))
         return tuple(made)
+
+    def attention_inputs(
+        self,
+        x_TD: Tensor,
+        of_input: tuple[Joint, ...],
+        of_latent: tuple[Joint, ...],
+        q_norm: Tensor,
+        kv_norm: Tensor,
+        eps: float,
+        heads: int,
+        position_T: Tensor,
+        frequency: Tensor,
+        row: RowFormat,
+    ) -> tuple[Tensor, ...]:
+        """See spec.Ops.attention_inputs."""
+        latent_TQ, kv_TK, *others = self.project(x_TD, of_input)
+        q_TW, *more = self.project(latent_TQ, of_latent, q_norm, eps)
+        q_THK = q_TW.unflatten(-1, (heads, -1))
+        q_THK = self.norm_rope(q_THK, None, eps, position_T, frequency)
+        fresh_T = self.norm_rope_quantize(kv_TK, kv_norm, eps, position_T, frequency, False, row)
+        return q_THK, fresh_T, *others, *more
 
     def project_back(self, o_TGI: Tensor, inner: Weight, outer: Joint) -> Tensor:
         """See spec.Ops.project_back."""

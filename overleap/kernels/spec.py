@@ -64,11 +64,13 @@ class Joint:
     weights      in order
     round_input  the input is rounded to e4m3 in groups of 128 first
     wide         the result is f32 whatever the input is
+    detached     no gradient goes from the result to the input
     """
 
     weights: tuple[Weight, ...]
     round_input: bool
     wide: bool = False
+    detached: bool = False
 
     @cached_property
     def outputs(self) -> int:
@@ -425,6 +427,28 @@ class Ops(Protocol):
         """Several linears of one input, perhaps of its rms_norm: [T, K] -> [T, outputs] a part.
 
         norm  [K], weight of an rms_norm before the products; None for none
+        """
+        ...
+
+    def attention_inputs(
+        self,
+        x_TD: Tensor,
+        of_input: tuple[Joint, ...],
+        of_latent: tuple[Joint, ...],
+        q_norm: Tensor,
+        kv_norm: Tensor,
+        eps: float,
+        heads: int,
+        position_T: Tensor,
+        frequency: Tensor,
+        row: RowFormat,
+    ) -> tuple[Tensor, ...]:
+        """All that attention makes of its input before it looks at any other token.
+
+        of_input   what meets x: first the query latent [T, Q], then the key/value row [T, K], others
+        of_latent  what meets the latent after an rms_norm with q_norm [Q]: first the queries, others
+        returns    queries [T, H, K] after norm_rope without a weight; rows after norm_rope_quantize
+                   with kv_norm [K]; then the others of both as project makes them
         """
         ...
 

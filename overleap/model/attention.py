@@ -5,15 +5,32 @@ Report section 2.3; the order of norm, rotation and rounding follows the release
 """
 
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from overleap.cache.state import LayerCache
 from overleap.config import RATIO_OF_KIND, LayerKind, ModelConfig
-from overleap.kernels.spec import Joint, Ops, Spans
+from overleap.kernels.spec import Joint, Ops, Spans, Weight
 from overleap.model.compressor import Compressor
 from overleap.model.indexer import Indexer, IndexerTap
 from overleap.model.layers import Linear, RMSNorm, joint, parameter
+
+
+class Stored(NamedTuple):
+    """Weights of an attention layer as the kernels take them.
+
+    of_input, of_latent  what meets the layer's input, and the normed query latent
+    inner, outer         the grouped output projection
+    """
+
+    of_input: tuple[Joint, ...]
+    of_latent: tuple[Joint, ...]
+    q_norm: Tensor
+    kv_norm: Tensor
+    sink: Tensor
+    inner: Weight
+    outer: Joint
 
 
 class Attention(nn.Module):
@@ -27,7 +44,7 @@ class Attention(nn.Module):
         self.ops, self.kind, self.ratio = ops, kind, RATIO_OF_KIND[kind]
         self.heads, self.groups = config.num_attention_heads, config.o_groups
         self.eps, self.window = config.rms_norm_eps, config.sliding_window
-        self.scale = config.head_dim**-0.5
+        self.width, self.scale = config.head_dim, config.head_dim**-0.5
         wide = self.heads * config.head_dim
         self.attn_sink = parameter(self.heads)
         self.wq_a = Linear(config.hidden_size, config.q_lora_rank, ops)
@@ -52,21 +69,34 @@ class Attention(nn.Module):
         tap: list[IndexerTap] | None,
     ) -> Tensor:
         """[T, D] -> [T, D]; writes this step's rows and entries into `layer`."""
-        ops, position, norm = self.ops, spans.position_T, self.q_norm
-        of_input, of_latent, output = self.stored
-        latent_TQ, kv_TK, *rows = ops.project(x_TD, of_input)
-        (q_TW,) = ops.project(latent_TQ, of_latent, norm.weight, norm.eps)
-        q_THK = q_TW.unflatten(-1, (self.heads, -1))
-        q_THK = ops.norm_rope(q_THK, None, self.eps, position, frequency)
-        fresh_T = ops.norm_rope_quantize(
-            kv_TK, self.kv_norm.weight, self.eps, position, frequency, False, layer.ring.format
+        ops, stored, indexer = self.ops, self.stored, self.indexer
+        visible = max(last for _, last in spans.emitted(self.ratio)) if indexer else 0
+        # Where all visible entries would be chosen, nothing is scored.
+        scored = indexer is not None and (visible > indexer.topk or tap is not None)
+        q_THK, fresh_T, *rows = ops.attention_inputs(
+            x_TD,
+            stored.of_input,
+            stored.of_latent if scored else stored.of_latent[:1],
+            stored.q_norm,
+            stored.kv_norm,
+            self.eps,
+            self.heads,
+            spans.position_T,
+            frequency,
+            layer.ring.format,
         )
         if self.compressor is not None:
             assert layer.tail is not None and layer.entries is not None
-            self.compressor(*rows, x_TD.dtype, layer.tail, layer.entries, frequency, spans)
+            self.compressor(rows[0], x_TD.dtype, layer.tail, layer.entries, frequency, spans)
         chosen, index = None, None
-        if self.indexer is not None:
-            chosen, index = self._choose(x_TD, latent_TQ, layer, frequency, spans, tap is not None)
+        if indexer is not None:
+            assert layer.index_tail is not None and layer.keys is not None
+            tail, keys = layer.index_tail, layer.keys
+            indexer.compressor(rows[1], x_TD.dtype, tail, keys, frequency, spans)
+            if scored:
+                index = indexer.queries(rows[3], rows[2], keys, frequency, spans)
+            if index is not None and visible > indexer.topk:
+                chosen = ops.index_topk(*index, keys, self.ratio, spans, indexer.topk)
         o_THK, lse_TH = ops.attend_write(
             q_THK,
             fresh_T,
@@ -74,7 +104,7 @@ class Attention(nn.Module):
             layer.entries,
             chosen,
             self.ratio,
-            self.attn_sink,
+            stored.sink,
             self.scale,
             self.window,
             spans,
@@ -86,34 +116,20 @@ class Attention(nn.Module):
                     q_THK.detach(), lse_TH.detach(), layer.entries, layer.keys, *index, self.scale
                 )
             )
-        o_TGI = o_THK.flatten(1).unflatten(1, (self.groups, -1))
-        return ops.project_back(o_TGI, self.wo_a.stored, output)
+        o_TGI = o_THK.view(o_THK.shape[0], self.groups, -1)
+        return ops.project_back(o_TGI, stored.inner, stored.outer)
 
     @cached_property
-    def stored(self) -> tuple[tuple[Joint, ...], tuple[Joint, ...], Joint]:
-        """What meets the layer's input, the query latent and the result; weights in place."""
-        rows = () if self.compressor is None else (self.compressor.stored,)
-        return (joint(self.wq_a), joint(self.wkv), *rows), (joint(self.wq_b),), joint(self.wo_b)
-
-    def _choose(
-        self,
-        x_TD: Tensor,
-        latent_TQ: Tensor,
-        layer: LayerCache,
-        frequency: Tensor,
-        spans: Spans,
-        tapped: bool,
-    ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
-        """Entry numbers [T, k], or None where every visible entry would be chosen anyway."""
-        assert self.indexer is not None and layer.keys is not None
-        weight = self.indexer.write_keys(x_TD.detach(), layer, frequency, spans)
-        visible = max(last for _, last in spans.emitted(self.ratio))
-        if visible <= self.indexer.topk and not tapped:
-            return None, None
-        index = self.indexer.queries(
-            latent_TQ.detach(), self.q_norm, weight, layer.keys, frequency, spans
+    def stored(self) -> Stored:
+        """The weights as the kernels take them; they must be in place."""
+        rows = () if self.compressor is None else (self.compressor.joint(),)
+        index, of_latent = ((), ()) if self.indexer is None else self.indexer.joints()
+        return Stored(
+            (joint(self.wq_a), joint(self.wkv), *rows, *index),
+            (joint(self.wq_b), *of_latent),
+            self.q_norm.weight,
+            self.kv_norm.weight,
+            self.attn_sink,
+            self.wo_a.stored,
+            joint(self.wo_b),
         )
-        if visible <= self.indexer.topk:
-            return None, index
-        topk = self.indexer.topk
-        return self.ops.index_topk(*index, layer.keys, self.ratio, spans, topk), index

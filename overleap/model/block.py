@@ -3,16 +3,20 @@
 Report sections 2.1 and 2.2. Read next: attention.py, moe.py, hyper.py.
 """
 
+from functools import cached_property
+
 from torch import Tensor, nn
 
 from overleap.cache.state import LayerCache
 from overleap.config import LayerKind, ModelConfig
 from overleap.kernels.spec import Ops, Spans
 from overleap.model.attention import Attention
-from overleap.model.hyper import collapse, register_connection
+from overleap.model.hyper import Connection, connection, register_connection
 from overleap.model.indexer import IndexerTap
 from overleap.model.layers import RMSNorm, rotary_frequencies
 from overleap.model.moe import MoE
+
+Collapse = tuple[*Connection, Tensor]
 
 
 class Block(nn.Module):
@@ -38,10 +42,16 @@ class Block(nn.Module):
         tap: list[IndexerTap] | None = None,
     ) -> Tensor:
         """One step of this layer over packed tokens; writes the layer's cache."""
-        frequency = self.frequency.to(x_TMD.device)
-        config, ops = self.config, self.ops
-        y, post, comb = collapse(self, "attn", x_TMD, config, ops, self.attn_norm.weight)
-        y = self.attn(y, layer, frequency, spans, tap)
-        x_TMD = ops.hc_post(y, x_TMD, post, comb)
-        y, post, comb = collapse(self, "ffn", x_TMD, config, ops, self.ffn_norm.weight)
+        frequency, ops = self.frequency.to(x_TMD.device), self.ops
+        before_attn, before_ffn = self.stored
+        y, post, comb = ops.hc_pre_norm(x_TMD, *before_attn)
+        x_TMD = ops.hc_post(self.attn(y, layer, frequency, spans, tap), x_TMD, post, comb)
+        y, post, comb = ops.hc_pre_norm(x_TMD, *before_ffn)
         return ops.hc_post(self.ffn(y, ids_T), x_TMD, post, comb)
+
+    @cached_property
+    def stored(self) -> tuple[Collapse, Collapse]:
+        """What ops.hc_pre_norm wants before attention and before experts; weights in place."""
+        config, norms = self.config, (self.attn_norm.weight, self.ffn_norm.weight)
+        attn, ffn = (connection(self, name, config) for name in ("attn", "ffn"))
+        return (*attn, norms[0]), (*ffn, norms[1])

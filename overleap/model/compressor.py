@@ -4,6 +4,8 @@ Report sections 2.3.1 and 2.3.2. The pooling itself is the op `compress`; this f
 rotates at the first position of the block, and stores. Its input is projected by who owns it.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 
@@ -30,11 +32,16 @@ class Compressor(nn.Module):
         self.wkv = Linear(config.hidden_size, series, ops, exact=True)
         self.wgate = Linear(config.hidden_size, series, ops, exact=True)
         self.norm = RMSNorm(width, config.rms_norm_eps, ops)
+        self.eps = config.rms_norm_eps
 
-    @property
-    def stored(self) -> Joint:
+    def joint(self, detached: bool = False) -> Joint:
         """Values and gates as ops.project makes them: f32 [T, 2 W]."""
-        return joint(self.wkv, self.wgate, wide=True)
+        return joint(self.wkv, self.wgate, wide=True, detached=detached)
+
+    @cached_property
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Positions' gates and the weight of the norm; the weights must be in place."""
+        return self.ape, self.norm.weight
 
     def forward(
         self,
@@ -45,20 +52,21 @@ class Compressor(nn.Module):
         frequency: Tensor,
         spans: Spans,
     ) -> None:
-        """rows_TW as `stored` yields them, dtype of the model's activations, frequency f32 [R / 2].
+        """rows_TW as `joint` yields them, dtype of the model's activations, frequency f32 [R / 2].
 
         Changes `tail` and `pool` only.
         """
-        ops, device = self.ops, rows_TW.device
-        entry = ops.compress_write(rows_TW.unflatten(1, (2, -1)), tail, self.ape, self.ratio, spans)
+        ops, device, (ape, norm) = self.ops, rows_TW.device, self.stored
+        rows_T2W = rows_TW.view(-1, 2, ape.shape[1])
+        entry = ops.compress_write(rows_T2W, tail, ape, self.ratio, spans)
         if not entry.shape[0]:
             return
         first = [torch.arange(a, b) for a, b in spans.emitted(self.ratio)]
         position = (torch.cat(first) * self.ratio).to(device)
         rows = ops.norm_rope_quantize(
             entry.to(dtype),
-            self.norm.weight,
-            self.norm.eps,
+            norm,
+            self.eps,
             position,
             frequency,
             self.hadamard,

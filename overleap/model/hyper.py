@@ -28,14 +28,14 @@ def register_head(block: nn.Module, config: ModelConfig) -> None:
     block.register_parameter("hc_head_scale", parameter(1))
 
 
-def collapse(
-    block: nn.Module, name: str, x_TMD: Tensor, config: ModelConfig, ops: Ops, norm: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Streams to one vector, normed with weight `norm`, for sub-layer `name`: y [T, D], and post,
-    comb for ops.hc_post."""
+# fn, base, scale; Sinkhorn iterations, eps, eps of the norm: arguments of ops.hc_pre behind x.
+Connection = tuple[Tensor, Tensor, Tensor, int, float, float]
+
+
+def connection(block: nn.Module, name: str, config: ModelConfig) -> Connection:
+    """How the streams become the input of sub-layer `name`; the weights must be in place."""
     fn, base, scale = (getattr(block, f"hc_{name}_{part}") for part in _PARTS)
-    iterations, eps = config.hc_sinkhorn_iters, config.hc_eps
-    return ops.hc_pre_norm(x_TMD, fn, base, scale, iterations, eps, config.rms_norm_eps, norm)
+    return fn, base, scale, config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps
 
 
 def collapse_head(block: nn.Module, x_TMD: Tensor, config: ModelConfig, ops: Ops) -> Tensor:

@@ -4,15 +4,13 @@ Its input carries no gradient: selection cannot pass one, so it learns by distil
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 from torch import Tensor, nn
 
-from overleap.cache.state import LayerCache
 from overleap.config import LayerKind, ModelConfig
 from overleap.kernels.spec import Joint, Ops, Pool, Spans
 from overleap.model.compressor import Compressor
-from overleap.model.layers import Linear, RMSNorm, joint
+from overleap.model.layers import Linear, joint
 
 
 @dataclass(frozen=True)
@@ -39,43 +37,27 @@ class Indexer(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
         self.heads, self.width = config.index_n_heads, config.index_head_dim
-        self.topk, self.eps, self.ops = config.index_topk, config.rms_norm_eps, ops
+        self.topk, self.ops = config.index_topk, ops
         self.wq_b = Linear(config.q_lora_rank, self.heads * self.width, ops)
         self.weights_proj = Linear(config.hidden_size, self.heads, ops, exact=True)
         self.compressor = Compressor(config, LayerKind.CSA, self.width, True, ops)
         self.scale = self.width**-0.5 * self.heads**-0.5
 
-    @cached_property
-    def stored(self) -> tuple[tuple[Joint, ...], tuple[Joint, ...]]:
-        """What meets the layer's input, and the query latent; the weights must be in place."""
-        return (self.compressor.stored, joint(self.weights_proj)), (joint(self.wq_b),)
-
-    def write_keys(
-        self, x_TD: Tensor, layer: LayerCache, frequency: Tensor, spans: Spans
-    ) -> Tensor:
-        """Compress and store the keys of the blocks this step completes. -> head weights [T, I]."""
-        assert layer.index_tail is not None and layer.keys is not None
-        rows, weight = self.ops.project(x_TD, self.stored[0])
-        self.compressor(rows, x_TD.dtype, layer.index_tail, layer.keys, frequency, spans)
-        return weight
+    def joints(self) -> tuple[tuple[Joint, ...], tuple[Joint, ...]]:
+        """What meets the layer's input: rows of the compressor, then head weights; and what meets
+        the query latent. No gradient goes back to either."""
+        of_input = self.compressor.joint(detached=True), joint(self.weights_proj, detached=True)
+        return of_input, (joint(self.wq_b, detached=True),)
 
     def queries(
-        self,
-        latent_TQ: Tensor,
-        norm: RMSNorm,
-        weight_TI: Tensor,
-        keys: Pool,
-        frequency: Tensor,
-        spans: Spans,
+        self, q_TW: Tensor, weight_TI: Tensor, keys: Pool, frequency: Tensor, spans: Spans
     ) -> tuple[Tensor, Tensor]:
         """Queries as rows [T, I, row] in the keys' format, and head weights f32 [T, I].
 
-        latent_TQ, norm  the shared query latent before its norm
-        weight_TI        as write_keys returns them
+        q_TW, weight_TI  [T, I J], [T, I] as `joints` yield them
         """
-        (q,) = self.ops.project(latent_TQ, self.stored[1], norm.weight.detach(), norm.eps)
-        q = q.unflatten(-1, (self.heads, self.width))
+        q_TIJ = q_TW.view(-1, self.heads, self.width)
         rows = self.ops.norm_rope_quantize(
-            q, None, None, spans.position_T, frequency, True, keys.format
+            q_TIJ, None, None, spans.position_T, frequency, True, keys.format
         )
         return rows, weight_TI.float() * self.scale

@@ -46,10 +46,10 @@ class Linear(nn.Module):
         return self.ops.matmul(x, self.stored, self.rounds_input)
 
 
-def joint(*linears: Linear, wide: bool = False) -> Joint:
+def joint(*linears: Linear, wide: bool = False, detached: bool = False) -> Joint:
     """Linears of one input, for ops.project; their weights must be in place."""
     (rounds,) = {linear.rounds_input for linear in linears}
-    return Joint(tuple(linear.stored for linear in linears), rounds, wide)
+    return Joint(tuple(linear.stored for linear in linears), rounds, wide, detached)
 
 
 class RMSNorm(nn.Module):

@@ -5,6 +5,7 @@ Report section 2.1. Arithmetic is in kernels/ (`route`, `mixture`).
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class Expert(nn.Module):
         self.w3 = Linear(config.hidden_size, wide, ops)
 
 
-def _stored(experts: list[Expert]) -> Experts:
+def _experts(experts: list[Expert]) -> Experts:
     parts = ([expert.get_submodule(name) for expert in experts] for name in ("w1", "w2", "w3"))
     return Experts(*(tuple(p.stored for p in part if isinstance(p, Linear)) for part in parts))
 
@@ -49,6 +50,16 @@ class Gate(nn.Module):
 Before = Callable[[Tensor, Tensor, Tensor], Iterator[slice]]
 
 
+class Stored(NamedTuple):
+    """Weights of a mixture as the kernels take them; of the router bias or table, one is None."""
+
+    routed: Experts
+    shared: Experts
+    gate: Tensor
+    bias: Tensor | None
+    table: Tensor | None
+
+
 class MoE(nn.Module):
     """x [T, D] and token ids [T] -> [T, D].
 
@@ -66,24 +77,26 @@ class MoE(nn.Module):
         self.k, self.scale = config.num_experts_per_tok, config.routed_scaling_factor
 
     @cached_property
-    def stored(self) -> tuple[Experts, Experts]:
-        """Routed and shared experts as the kernels take them; the weights must be in place."""
+    def stored(self) -> Stored:
+        """The weights as the kernels take them; they must be in place."""
         every = [expert for expert in self.experts if isinstance(expert, Expert)]
-        return _stored(every), _stored([self.shared_experts])
+        gate, shared = self.gate, self.shared_experts
+        return Stored(_experts(every), _experts([shared]), gate.weight, gate.bias, gate.tid2eid)
 
     def route(self, x_TD: Tensor, ids_T: Tensor) -> tuple[Tensor, Tensor]:
         """Experts i64 [T, X] and weights f32 [T, X] of every token."""
-        gate = self.gate
-        fixed = None if gate.tid2eid is None else gate.tid2eid[ids_T].long()
-        return self.ops.route(x_TD, gate.weight, gate.bias, fixed, self.k, self.scale)
+        _, _, weight, bias, table = self.stored
+        fixed = None if table is None else table[ids_T].long()
+        return self.ops.route(x_TD, weight, bias, fixed, self.k, self.scale)
 
     def forward(self, x_TD: Tensor, ids_T: Tensor) -> Tensor:
         """Routed experts plus the shared expert."""
         chosen_TX, weight_TX = self.route(x_TD, ids_T)
+        routed, shared = self.stored[:2]
         if self.before is None:
-            return self.ops.mixture(x_TD, chosen_TX, weight_TX, *self.stored, self.limit)
+            return self.ops.mixture(x_TD, chosen_TX, weight_TX, routed, shared, self.limit)
         parts = [
-            self.ops.mixture(x_TD[r], chosen_TX[r], weight_TX[r], *self.stored, self.limit)
+            self.ops.mixture(x_TD[r], chosen_TX[r], weight_TX[r], routed, shared, self.limit)
             for r in self.before(x_TD, ids_T, chosen_TX)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -9,12 +9,64 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from overleap.cache.layout import CacheFormat, entry_bytes
 from overleap.kernels.cpu import _native
-from overleap.kernels.cpu.linear import plain
+from overleap.kernels.cpu.linear import FLOAT, made, norm_weight, plain, tables
 from overleap.kernels.cpu.rows import rotary
-from overleap.kernels.spec import Pool, Spans
+from overleap.kernels.spec import Joint, Pool, RowFormat, Spans
 
 _KIND = {"kv": 0, "key": 1, "wide": 2}
+
+
+def attention_inputs(
+    x_TD: Tensor,
+    of_input: tuple[Joint, ...],
+    of_latent: tuple[Joint, ...],
+    q_norm: Tensor,
+    kv_norm: Tensor,
+    eps: float,
+    heads: int,
+    position_T: Tensor,
+    frequency: Tensor,
+    row: RowFormat,
+) -> tuple[Tensor, ...]:
+    """See spec.Ops.attention_inputs."""
+    x, position = plain(x_TD), position_T.contiguous()
+    tokens, columns = x.shape
+    rank, width, packed = of_input[0].outputs, row.width, row.kind != "wide"
+    assert of_input[1].outputs == width and of_latent[0].outputs == heads * width
+    assert position.dtype is torch.int64 and position.shape[0] == tokens and row.kind != "key"
+    size = entry_bytes(width, row.rope, CacheFormat.RELEASE) if packed else width
+    q_THK = torch.empty(tokens, heads, width, dtype=x.dtype)
+    fresh_T = torch.empty(tokens, size, dtype=row.dtype)
+    others, more = made(x, of_input[2:]), made(x, of_latent[1:])
+    kept = FLOAT[x.dtype]
+    _native.attention_inputs(
+        x.data_ptr(),
+        kept,
+        tokens,
+        columns,
+        *tables(of_input),
+        [out.data_ptr() for out in others],
+        [kept, kept, *(FLOAT[out.dtype] for out in others)],
+        rank,
+        *tables(of_latent),
+        [q_THK.data_ptr(), *(out.data_ptr() for out in more)],
+        [kept, *(FLOAT[out.dtype] for out in more)],
+        *norm_weight(q_norm, rank),
+        *norm_weight(kv_norm, width),
+        eps,
+        heads,
+        width,
+        position.data_ptr(),
+        *rotary(frequency, width),
+        packed,
+        row.rope,
+        size,
+        fresh_T.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return q_THK, fresh_T, *others, *more
 
 
 def index_topk(
@@ -26,7 +78,7 @@ def index_topk(
     assert weight_TI.dtype is torch.float32 and q_TI.dtype is rows.dtype is keys.format.dtype
     assert row == rows.shape[2] and rows.is_contiguous() and table.is_contiguous()
     q_TI, weight_TI = q_TI.contiguous(), weight_TI.contiguous()
-    out = torch.empty((tokens, k), dtype=torch.int64)
+    out = torch.empty(tokens, k, dtype=torch.int64)
     _native.index_topk(
         q_TI.data_ptr(),
         weight_TI.data_ptr(),
@@ -95,7 +147,7 @@ def attend_write(
         assert chosen_Tk.dtype is torch.int64
         chosen_Tk = chosen_Tk.contiguous()
     out = torch.empty_like(q_THK)
-    log = torch.empty((tokens, heads), dtype=torch.float32)
+    log = torch.empty(tokens, heads, dtype=torch.float32)
     _native.attend(
         q_THK.data_ptr(),
         q_THK.dtype is torch.bfloat16,
@@ -130,6 +182,7 @@ def attend_write(
 
 
 OPS: dict[str, Callable[..., Any]] = {
+    "attention_inputs": attention_inputs,
     "index_topk": index_topk,
     "attend": attend,
     "attend_write": attend_write,

@@ -31,7 +31,7 @@ def matmul(x: Tensor, weight: Weight, round_input: bool, wide: bool = False) -> 
     """See spec.Ops.matmul."""
     data = weight.data
     outputs, inputs = data.shape[0], x.shape[-1]
-    out = torch.empty((x.shape[0], outputs), dtype=torch.float32 if wide else x.dtype)
+    out = torch.empty(x.shape[0], outputs, dtype=torch.float32 if wide else x.dtype)
     _product(x, weight, 1, outputs, inputs, round_input, out)
     return out
 
@@ -40,7 +40,7 @@ def grouped_matmul(x_TGI: Tensor, weight: Weight) -> Tensor:
     """See spec.Ops.grouped_matmul."""
     tokens, groups, inputs = x_TGI.shape
     outputs = weight.data.shape[0]
-    out = torch.empty((tokens, groups, outputs // groups), dtype=x_TGI.dtype)
+    out = torch.empty(tokens, groups, outputs // groups, dtype=x_TGI.dtype)
     _product(x_TGI, weight, groups, outputs, inputs, False, out)
     return out
 
@@ -73,10 +73,7 @@ def project(
     """See spec.Ops.project."""
     x = plain(x)
     tokens, columns = x.shape
-    made = [
-        torch.empty((tokens, part.outputs), dtype=torch.float32 if part.wide else x.dtype)
-        for part in parts
-    ]
+    out = made(x, parts)
     _native.project(
         x.data_ptr(),
         FLOAT[x.dtype],
@@ -84,13 +81,25 @@ def project(
         columns,
         *norm_weight(norm, columns),
         eps,
-        [part.table.data_ptr() for part in parts],
-        [len(part.weights) for part in parts],
-        [out.data_ptr() for out in made],
-        [FLOAT[out.dtype] for out in made],
+        *tables(parts),
+        [result.data_ptr() for result in out],
+        [FLOAT[result.dtype] for result in out],
         torch.get_num_threads(),
     )
-    return tuple(made)
+    return tuple(out)
+
+
+def made(x: Tensor, parts: tuple[Joint, ...]) -> list[Tensor]:
+    """Room for the result of every part."""
+    return [
+        torch.empty(x.shape[0], part.outputs, dtype=torch.float32 if part.wide else x.dtype)
+        for part in parts
+    ]
+
+
+def tables(parts: tuple[Joint, ...]) -> tuple[list[int], list[int]]:
+    """Addresses of the parts' tables, and how many weights each has."""
+    return [part.table.data_ptr() for part in parts], [len(part.weights) for part in parts]
 
 
 def norm_weight(weight: Tensor | None, width: int) -> tuple[int, int]:
@@ -107,7 +116,7 @@ def project_back(o_TGI: Tensor, inner: Weight, outer: Joint) -> Tensor:
     tokens, groups, inputs = o.shape
     data, scale = inner.data, inner.scale
     assert data.is_contiguous() and (scale is None or scale.is_contiguous())
-    out = torch.empty((tokens, outer.outputs), dtype=torch.float32 if outer.wide else o.dtype)
+    out = torch.empty(tokens, outer.outputs, dtype=torch.float32 if outer.wide else o.dtype)
     _native.project_back(
         o.data_ptr(),
         FLOAT[o.dtype],

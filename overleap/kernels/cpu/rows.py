@@ -12,8 +12,8 @@ from torch import Tensor
 
 from overleap.cache.layout import CacheFormat, entry_bytes, key_bytes
 from overleap.kernels.cpu import _native
-from overleap.kernels.cpu.linear import FLOAT, matmul, norm_weight, plain
-from overleap.kernels.spec import RowFormat, Weight
+from overleap.kernels.cpu.linear import FLOAT, norm_weight, plain
+from overleap.kernels.spec import RowFormat
 
 MOST_ROTARY, MOST_HADAMARD = 512, 4096  # as in src/rows.h
 
@@ -109,7 +109,7 @@ def quantize(x: Tensor, row: RowFormat) -> Tensor:
     x = plain(x)
     if row.kind == "wide":
         return x.float()
-    out = torch.empty((*x.shape[:-1], _size(x, row)), dtype=torch.uint8)
+    out = torch.empty(*x.shape[:-1], _size(x, row), dtype=torch.uint8)
     _native.quantize(
         x.data_ptr(),
         FLOAT[x.dtype],
@@ -147,7 +147,7 @@ def norm_rope_quantize(
     width, packed = x.shape[-1], row.kind != "wide"
     assert not mixed or (width & (width - 1) == 0 and width <= MOST_HADAMARD)
     size = _size(x, row) if packed else width
-    out = torch.empty((*x.shape[:-1], size), dtype=row.dtype)
+    out = torch.empty(*x.shape[:-1], size, dtype=row.dtype)
     _native.norm_rope_quantize(
         x.data_ptr(),
         FLOAT[x.dtype],
@@ -177,22 +177,26 @@ def route(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See spec.Ops.route."""
-    if weight.dtype is torch.float32:
-        x = x.float()
-    logit = matmul(x, Weight(weight), False, wide=True)
-    tokens, experts = logit.shape
+    x = plain(x)
+    tokens, width = x.shape
+    experts = weight.shape[0]
+    assert weight.shape[1] == width and weight.is_contiguous()
     if fixed_TX is None:
-        ids = torch.empty((tokens, k), dtype=torch.int64)
+        ids = torch.empty(tokens, k, dtype=torch.int64)
     else:
         ids, k = fixed_TX.contiguous(), fixed_TX.shape[1]
     assert ids.dtype is torch.int64 and k <= experts
     assert bias is None or (bias.dtype is torch.float32 and bias.is_contiguous())
-    share = torch.empty((tokens, k), dtype=torch.float32)
+    share = torch.empty(tokens, k, dtype=torch.float32)
     _native.route(
-        logit.data_ptr(),
+        x.data_ptr(),
+        FLOAT[x.dtype],
+        tokens,
+        width,
+        weight.data_ptr(),
+        FLOAT[weight.dtype],
         0 if bias is None else bias.data_ptr(),
         0 if fixed_TX is None else ids.data_ptr(),
-        tokens,
         experts,
         k,
         scale,

@@ -24,9 +24,9 @@ def sample(
     if allowed_YB is not None:
         assert allowed_YB.dtype is torch.uint8 and allowed_YB.shape == (rows, -(-vocabulary // 8))
         allowed_YB = allowed_YB.contiguous()
-    ids = torch.empty((rows, 1 + (best or 0)), dtype=torch.int64)
+    ids = torch.empty(rows, 1 + (best or 0), dtype=torch.int64)
     width = 0 if best is None else 1 + best
-    logprob = torch.empty((rows, width), dtype=torch.float64)
+    logprob = torch.empty(rows, width, dtype=torch.float64)
     _native.sample(
         logits.data_ptr(),
         rows,

@@ -68,7 +68,7 @@ def _compress(
     assert rows.dtype is tail.dtype is ape.dtype is torch.float32
     assert rows.shape[1:] == tail.shape[2:] == (2, width)
     entries = sum(last - first for first, last in spans.emitted(ratio))
-    out = torch.empty((entries, width // 2 if overlapped else width), dtype=torch.float32)
+    out = torch.empty(entries, width // 2 if overlapped else width, dtype=torch.float32)
     if entries or writes:
         _native.compress(
             rows.data_ptr(),

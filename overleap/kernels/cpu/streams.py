@@ -27,8 +27,8 @@ def hc_pre_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See spec.Ops.hc_pre_norm; without the norm for None."""
     tokens, streams, _ = x_TMD.shape
-    post = torch.empty((tokens, streams), dtype=torch.float32)
-    comb = torch.empty((tokens, streams, streams), dtype=torch.float32)
+    post = torch.empty(tokens, streams, dtype=torch.float32)
+    comb = torch.empty(tokens, streams, streams, dtype=torch.float32)
     gates = post.data_ptr(), comb.data_ptr()
     rows = (2 + streams) * streams
     y = _collapse(x_TMD, fn, base, scale, rows, iterations, eps, norm_eps, gates, norm)
@@ -73,7 +73,7 @@ def _collapse(
     assert streams <= MOST_STREAMS and fn.shape == (rows, streams * width)
     for part in (fn, base, scale):
         assert part.dtype is torch.float32 and part.is_contiguous()
-    y = torch.empty((tokens, width), dtype=x.dtype)
+    y = torch.empty(tokens, width, dtype=x.dtype)
     _native.collapse(
         x.data_ptr(),
         FLOAT[x.dtype],

@@ -24,6 +24,17 @@ void window_write(Address ring, int64_t capacity, int64_t bytes, Address rows,
                   const std::vector<int64_t>& start, const std::vector<int64_t>& count,
                   const std::vector<int64_t>& slot);
 
+// What ../linear.py and ../rows.py call, and ../attention.py in one go.
+void call_project(Address x, int x_type, int64_t tokens, int64_t columns, Address norm,
+                  int norm_type, float eps, const std::vector<Address>& tables,
+                  const std::vector<int>& counts, const std::vector<Address>& out,
+                  const std::vector<int>& out_type, int threads);
+void call_norm_rope_quantize(Address x, int type, int64_t count, int64_t heads, int64_t width,
+                             bool normed, Address weight, int weight_type, float eps,
+                             Address position, Address frequency, int64_t rotary, bool mixed,
+                             bool packed, bool key, int64_t rope, int64_t bytes, Address out,
+                             int threads);
+
 void bind_linear(nanobind::module_& m);     // matmul, grouped_matmul, experts
 void bind_attention(nanobind::module_& m);  // index_topk, attend
 void bind_rows(nanobind::module_& m);       // norms, rotation, rows, compress, route, streams

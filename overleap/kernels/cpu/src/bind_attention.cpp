@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "attention.h"
+#include "buffer.h"
 #include "rows.h"
 
 namespace overleap {
@@ -25,9 +26,55 @@ RowLayout layout(int kind, int64_t width, int64_t rope, int64_t bytes) {
     return {static_cast<RowKind>(kind), width, rope, bytes};
 }
 
+// Results of the first linear of `of_input` stay here, as do the rows before they are packed.
+struct Input {
+    std::vector<Address> tables, out;
+    std::vector<int> counts, types;
+};
+
+void call_inputs(Address x, int type, int64_t tokens, int64_t columns, const Input& of_input,
+                 int64_t rank, const Input& of_latent, Address q_norm, int q_norm_type,
+                 Address kv_norm, int kv_norm_type, float eps, int64_t heads, int64_t width,
+                 Address position, Address frequency, int64_t rotary, bool packed, int64_t rope,
+                 int64_t bytes, Address fresh, int threads) {
+    const int64_t size = type == static_cast<int>(Float::bf16) ? 2 : 4;
+    RawBuffer<uint8_t> own;
+    own.resize(tokens * (rank + width) * size);
+    const auto latent = reinterpret_cast<Address>(own.data());
+    const Address row = latent + static_cast<Address>(tokens * rank * size);
+    std::vector<Address> out{latent, row};
+    out.insert(out.end(), of_input.out.begin(), of_input.out.end());
+    call_project(x, type, tokens, columns, 0, 0, 0, of_input.tables, of_input.counts, out,
+                 of_input.types, threads);
+    call_project(latent, type, tokens, rank, q_norm, q_norm_type, eps, of_latent.tables,
+                 of_latent.counts, of_latent.out, of_latent.types, threads);
+    const Address q = of_latent.out[0];
+    Rows queries{at<void>(q), static_cast<Float>(type), tokens * heads, heads, width, at<void>(q),
+                 threads};
+    OVERLEAP_CALL(norm_rope)(queries, Norm{nullptr, Float::f32, eps},
+                             Turn{at<int64_t>(position), at<float>(frequency), rotary, false});
+    call_norm_rope_quantize(row, type, tokens, 1, width, true, kv_norm, kv_norm_type, eps, position,
+                            frequency, rotary, false, packed, false, rope, bytes, fresh, threads);
+}
+
 }  // namespace
 
 void bind_attention(nanobind::module_& m) {
+    m.def(
+        "attention_inputs",
+        [](Address x, int type, int64_t tokens, int64_t columns, std::vector<Address> in_tables,
+           std::vector<int> in_counts, std::vector<Address> in_out, std::vector<int> in_types,
+           int64_t rank, std::vector<Address> latent_tables, std::vector<int> latent_counts,
+           std::vector<Address> latent_out, std::vector<int> latent_types, Address q_norm,
+           int q_norm_type, Address kv_norm, int kv_norm_type, float eps, int64_t heads,
+           int64_t width, Address position, Address frequency, int64_t rotary, bool packed,
+           int64_t rope, int64_t bytes, Address fresh, int threads) {
+            call_inputs(x, type, tokens, columns, {in_tables, in_out, in_counts, in_types}, rank,
+                        {latent_tables, latent_out, latent_counts, latent_types}, q_norm,
+                        q_norm_type, kv_norm, kv_norm_type, eps, heads, width, position, frequency,
+                        rotary, packed, rope, bytes, fresh, threads);
+        },
+        Unlocked());
     m.def(
         "index_topk",
         [](Address q, Address weight, int64_t heads, Address keys, int kind, int64_t width,

@@ -26,28 +26,6 @@ void call_product(Address x, int x_type, int64_t tokens, int64_t groups, Address
     OVERLEAP_CALL(product)(p);
 }
 
-// `tables` of the parts, how many weights each has, and where their results go.
-void call_project(Address x, int x_type, int64_t tokens, int64_t columns, Address norm,
-                  int norm_type, float eps, const std::vector<Address>& tables,
-                  const std::vector<int>& counts, const std::vector<Address>& out,
-                  const std::vector<int>& out_type, int threads) {
-    Product p{at<void>(x), static_cast<Float>(x_type), tokens, 1, columns, at<void>(norm),
-              static_cast<Float>(norm_type), eps, {}, threads};
-    for (size_t i = 0; i < out.size(); i++) {
-        const Entry* entry = at<Entry>(tables[i]);
-        const auto type = static_cast<Float>(out_type[i]);
-        int64_t width = 0, offset = 0;
-        for (int j = 0; j < counts[i]; j++) width += entry[j].rows;
-        for (int j = 0; j < counts[i]; j++) {
-            void* to = at<uint8_t>(out[i]) + offset * (type == Float::bf16 ? 2 : 4);
-            p.linears.push_back(
-                {stored(entry[j], columns), entry[j].round_input != 0, to, type, width});
-            offset += entry[j].rows;
-        }
-    }
-    OVERLEAP_CALL(product)(p);
-}
-
 void call_project_back(Address x, int x_type, int64_t tokens, int64_t groups, Address data,
                        Address scale, int form, int64_t rows, int64_t columns, Address outer,
                        Address out, int out_type, int threads) {
@@ -77,6 +55,28 @@ void call_mixture(Address x, int type, int64_t tokens, int64_t width, int64_t ch
 }
 
 }  // namespace
+
+// `tables` of the parts, how many weights each has, and where their results go.
+void call_project(Address x, int x_type, int64_t tokens, int64_t columns, Address norm,
+                  int norm_type, float eps, const std::vector<Address>& tables,
+                  const std::vector<int>& counts, const std::vector<Address>& out,
+                  const std::vector<int>& out_type, int threads) {
+    Product p{at<void>(x), static_cast<Float>(x_type), tokens, 1, columns, at<void>(norm),
+              static_cast<Float>(norm_type), eps, {}, threads};
+    for (size_t i = 0; i < out.size(); i++) {
+        const Entry* entry = at<Entry>(tables[i]);
+        const auto type = static_cast<Float>(out_type[i]);
+        int64_t width = 0, offset = 0;
+        for (int j = 0; j < counts[i]; j++) width += entry[j].rows;
+        for (int j = 0; j < counts[i]; j++) {
+            void* to = at<uint8_t>(out[i]) + offset * (type == Float::bf16 ? 2 : 4);
+            p.linears.push_back(
+                {stored(entry[j], columns), entry[j].round_input != 0, to, type, width});
+            offset += entry[j].rows;
+        }
+    }
+    OVERLEAP_CALL(product)(p);
+}
 
 void bind_linear(nanobind::module_& m) {
     m.def("product", call_product, Unlocked());

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 
+#include "buffer.h"
 #include "rows.h"
 
 namespace overleap {
@@ -93,31 +94,20 @@ void bind_norms(nanobind::module_& m) {
             OVERLEAP_CALL(quantize)(r, Packing{key, rotary, bytes});
         },
         Unlocked());
-    m.def(
-        "norm_rope_quantize",
-        [](Address x, int type, int64_t count, int64_t heads, int64_t width, bool normed,
-           Address weight, int weight_type, float eps, Address position, Address frequency,
-           int64_t rotary, bool mixed, bool packed, bool key, int64_t rope, int64_t bytes,
-           Address out, int threads) {
-            const auto size = static_cast<size_t>(type == static_cast<int>(Float::bf16) ? 2 : 4);
-            std::unique_ptr<uint8_t[]> made(new uint8_t[static_cast<size_t>(count * width) * size]);
-            const auto between = reinterpret_cast<Address>(made.get());
-            const Turn t = turn(position, frequency, rotary, false);
-            Rows r = rows(x, type, count, heads, width, between, threads);
-            if (normed) OVERLEAP_CALL(norm_rope)(r, norm(weight, weight_type, eps), t);
-            else OVERLEAP_CALL(rotate)(r, t);
-            r = rows(between, type, count, 1, width, between, threads);
-            if (mixed) OVERLEAP_CALL(hadamard)(r);
-            r.out = at<void>(out);
-            if (packed) OVERLEAP_CALL(quantize)(r, Packing{key, rope, bytes});
-            else widened(made.get(), type, count * width, at<float>(out));
-        },
-        Unlocked());
+    m.def("norm_rope_quantize", call_norm_rope_quantize, Unlocked());
     m.def(
         "route",
-        [](Address logit, Address bias, Address fixed, int64_t tokens, int64_t experts, int64_t k,
-           float scale, Address ids, Address weight, int threads) {
-            Routing r{at<float>(logit), at<float>(bias), at<int64_t>(fixed), tokens, experts, k,
+        [](Address x, int type, int64_t tokens, int64_t width, Address gate, int form,
+           Address bias, Address fixed, int64_t experts, int64_t k, float scale, Address ids,
+           Address weight, int threads) {
+            RawBuffer<float> logit;
+            logit.resize(tokens * experts);
+            const Stored rows{at<void>(gate), nullptr, static_cast<Form>(form), experts, width};
+            OVERLEAP_CALL(product)(Product{at<void>(x), static_cast<Float>(type), tokens, 1, width,
+                                           nullptr, Float::f32, 0,
+                                           {{rows, false, logit.data(), Float::f32, experts}},
+                                           threads});
+            Routing r{logit.data(), at<float>(bias), at<int64_t>(fixed), tokens, experts, k,
                       scale, at<int64_t>(ids), at<float>(weight), threads};
             OVERLEAP_CALL(route)(r);
         },
@@ -180,6 +170,25 @@ void bind_sequences(nanobind::module_& m) {
 }
 
 }  // namespace
+
+void call_norm_rope_quantize(Address x, int type, int64_t count, int64_t heads, int64_t width,
+                             bool normed, Address weight, int weight_type, float eps,
+                             Address position, Address frequency, int64_t rotary, bool mixed,
+                             bool packed, bool key, int64_t rope, int64_t bytes, Address out,
+                             int threads) {
+    const auto size = static_cast<size_t>(type == static_cast<int>(Float::bf16) ? 2 : 4);
+    std::unique_ptr<uint8_t[]> made(new uint8_t[static_cast<size_t>(count * width) * size]);
+    const auto between = reinterpret_cast<Address>(made.get());
+    const Turn t = turn(position, frequency, rotary, false);
+    Rows r = rows(x, type, count, heads, width, between, threads);
+    if (normed) OVERLEAP_CALL(norm_rope)(r, norm(weight, weight_type, eps), t);
+    else OVERLEAP_CALL(rotate)(r, t);
+    r = rows(between, type, count, 1, width, between, threads);
+    if (mixed) OVERLEAP_CALL(hadamard)(r);
+    r.out = at<void>(out);
+    if (packed) OVERLEAP_CALL(quantize)(r, Packing{key, rope, bytes});
+    else widened(made.get(), type, count * width, at<float>(out));
+}
 
 void bind_rows(nanobind::module_& m) {
     bind_norms(m);

@@ -1,10 +1,10 @@
 // Activations made ready for products: normalised, rounded as released linears round their inputs, as
-// elements with zeros up to a whole group of columns. Read next: tile.h.
+// elements with zeros up to a whole group of columns. Read next: meet.h.
 #pragma once
 
+#include "meet.h"
 #include "rms.h"
 #include "threads.h"
-#include "tile.h"
 
 namespace overleap::OVERLEAP_ISA {
 

@@ -8,7 +8,7 @@
 namespace overleap::OVERLEAP_ISA {
 namespace {
 
-constexpr int64_t kTaskRows = 64;  // of weights, that few rows of activations make worth a task
+constexpr int64_t kTaskPanels = 4;  // that few rows of activations make worth a task
 
 // One chosen pair (token, expert), in order of experts, tokens ascending within.
 struct Row {
@@ -80,39 +80,59 @@ class Run {
 
     void run() {
         const int64_t rows = static_cast<int64_t>(plan_.rows.size());
-        // One panel a task where it meets many rows; of few rows, a task has several.
-        const int64_t fit = longest_ > kTall ? 1 : std::max<int64_t>(1, kTaskRows / W);
         const int64_t tall = (inner_ + W - 1) / W, broad = (m_.width + W - 1) / W;
         const int64_t groups = static_cast<int64_t>(plan_.groups.size());
-        parallel_ranges(m_.threads, groups * tall, fit, [&](int64_t a, int64_t b) {
-            for (int64_t i = a; i < b; i++) up(plan_.groups[static_cast<size_t>(i / tall)], i % tall * W);
+        parallel_ranges(m_.threads, groups * tall, grain(groups * tall), [&](int64_t a, int64_t b) {
+            for (int64_t i = a; i < b; i++) up(i, i + 1 < b ? i + 1 : i, tall);
         });
         parallel_ranges(m_.threads, rows, 1 + 8192 / (inner_ + 1), [&](int64_t a, int64_t b) {
             for (const Group& g : plan_.groups)
                 for (int64_t i = std::max(a, g.first); i < std::min(b, g.first + g.count); i++)
                     round(i, *g.expertise);
         });
-        parallel(m_.threads, broad, [&](int64_t i) { down(i * W); });
+        parallel_ranges(m_.threads, broad, grain(broad), [&](int64_t a, int64_t b) {
+            for (int64_t i = a; i < b; i++) down(i * W, (i + 1 < b ? i + 1 : i) * W);
+        });
     }
 
   private:
+    // One panel a task where it meets many rows; where few, a thread has several in a row.
+    int64_t grain(int64_t panels) const {
+        if (longest_ > kTall) return 1;
+        return std::max<int64_t>(kTaskPanels, (panels + 2 * m_.threads - 1) / (2 * m_.threads));
+    }
+
+    // W rows of w1, w2 or w3 of a group's expert.
+    Panel panel(const Group& g, int which, int64_t first) const {
+        const ExpertBytes& b = *g.bytes;
+        const int64_t inner = g.expertise->inner, width = m_.width;
+        const uint64_t data = which == 1 ? b.w1 : which == 2 ? b.w2 : b.w3;
+        const uint64_t scale = which == 1 ? b.w1_scale : which == 2 ? b.w2_scale : b.w3_scale;
+        const int64_t rows = which == 2 ? width : inner, columns = which == 2 ? inner : width;
+        return {stored(data, scale, g.expertise->form, rows, columns), first,
+                static_cast<int>(std::min<int64_t>(rows - first, W))};
+    }
+
     bool wants(bool rounded) const {
         return m_.routed.round_input == rounded || (m_.shared.count && m_.shared.round_input == rounded);
     }
 
-    // W inner values of all rows of an expert, from `first` on.
-    void up(const Group& g, int64_t first) {
-        const int64_t inner = g.expertise->inner, left = inner - first;
-        if (left <= 0) return;
-        const int count = static_cast<int>(std::min<int64_t>(left, W));
-        const Form form = g.expertise->form;
+    // W inner values of all rows of an expert: the number-th such panel of all groups.
+    void up(int64_t number, int64_t next_number, int64_t tall) {
+        const Group& g = plan_.groups[static_cast<size_t>(number / tall)];
+        const Group& then = plan_.groups[static_cast<size_t>(next_number / tall)];
+        const int64_t first = number % tall * W;
+        if (first >= g.expertise->inner) return;
+        const Panel gate = panel(g, 1, first), other = panel(g, 3, first);
+        const Panel next = panel(then, 1, next_number % tall * W);
+        const int count = gate.count;
         float* gates = room<float, 2>(g.count * W) - g.first * W;
         auto x = [&](int64_t i) {
             return x_.row(plan_.rows[static_cast<size_t>(i)].token, g.expertise->round_input);
         };
-        meet<E>(stored(g.bytes->w1, g.bytes->w1_scale, form, inner, m_.width), first, count, g.first,
-                g.first + g.count, x, [&](int64_t i, vf gate) { store(gates + i * W, gate); });
-        meet<E>(stored(g.bytes->w3, g.bytes->w3_scale, form, inner, m_.width), first, count, g.first,
+        meet<E>(gate, &other, g.first, g.first + g.count, x,
+                [&](int64_t i, vf value) { store(gates + i * W, value); });
+        meet<E>(other, number == next_number || next.count <= 0 ? nullptr : &next, g.first,
                 g.first + g.count, x, [&](int64_t i, vf up) {
                     const float weight = plan_.rows[static_cast<size_t>(i)].weight;
                     vf value = gated(load(gates + i * W), up, m_.limit, weight);
@@ -137,17 +157,18 @@ class Run {
     }
 
     // W outputs of all tokens: experts in turn onto the running sums.
-    void down(int64_t first) {
+    void down(int64_t first, int64_t next_first) {
         const int count = static_cast<int>(std::min<int64_t>(m_.width - first, W));
         float* sums = room<float, 3>(m_.tokens * W);
         std::memset(sums, 0, 4 * static_cast<size_t>(m_.tokens * W));
-        for (const Group& g : plan_.groups) {
-            const Expertise& of = *g.expertise;
-            meet<E>(stored(g.bytes->w2, g.bytes->w2_scale, of.form, m_.width, of.inner), first, count,
-                    g.first, g.first + g.count,
-                    [&](int64_t i) { return hidden_.data() + i * stride_; },
-                    [&](int64_t i, vf part) {
-                        float* to = sums + plan_.rows[static_cast<size_t>(i)].token * W;
+        for (size_t i = 0; i < plan_.groups.size(); i++) {
+            const Group& g = plan_.groups[i];
+            const bool last = i + 1 == plan_.groups.size();
+            const Panel next = panel(plan_.groups[last ? 0 : i + 1], 2, last ? next_first : first);
+            meet<E>(panel(g, 2, first), last && first == next_first ? nullptr : &next, g.first,
+                    g.first + g.count, [&](int64_t j) { return hidden_.data() + j * stride_; },
+                    [&](int64_t j, vf part) {
+                        float* to = sums + plan_.rows[static_cast<size_t>(j)].token * W;
                         store(to, load(to) + part);
                     });
         }

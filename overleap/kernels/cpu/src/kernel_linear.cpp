@@ -44,15 +44,16 @@ class Run {
         const int64_t size = (p_.tokens + blocks - 1) / blocks;
         // One panel a task where it meets many rows; of few rows, a task has several.
         const int64_t fit = kTaskElements / (W * x_.stride() * ((p_.tokens + kTall - 1) / kTall)) + 1;
-        const int64_t even = (panels_ + 4 * p_.threads - 1) / (4 * p_.threads);
-        const int64_t grain = std::max<int64_t>(1, std::min(fit, even));
+        auto shared_by = [&](int64_t tasks) { return (panels_ + tasks - 1) / tasks; };
+        const int64_t grain = p_.tokens <= kFew ? std::max(fit, shared_by(enough))
+                                                : std::min(fit, shared_by(2 * enough));
         const int64_t tasks = (panels_ + grain - 1) / grain * blocks;
         parallel(p_.threads, tasks, [&](int64_t task) {
             const int64_t from = task % blocks * size;
             const int64_t to = from + size < p_.tokens ? from + size : p_.tokens;
             const int64_t first = task / blocks * grain;
             const int64_t last = first + grain < panels_ ? first + grain : panels_;
-            for (int64_t panel = first; panel < last; panel++) one(panel, from, to);
+            some(first, last, from, to);
         });
     }
 
@@ -67,20 +68,38 @@ class Run {
         return false;
     }
 
-    // One panel against activation rows [from, to).
-    void one(int64_t panel, int64_t from, int64_t to) const {
+    // The number-th panel of all, with its linear and the group of activations that it meets.
+    struct Place {
+        const Linear* linear;
+        int64_t group;
+        Panel panel;
+    };
+
+    Place place(int64_t number) const {
         const Work* work = work_.data();
-        while (panel >= work->panels) panel -= work++->panels;
-        const Linear& linear = *work->linear;
-        const int64_t of_group = (work->rows + W - 1) / W, group = panel / of_group;
-        const int64_t within = panel % of_group * W, row = group * work->rows + within;
-        const int count = static_cast<int>(work->rows - within < W ? work->rows - within : W);
-        meet<E>(
-            linear.weight, row, count, from, to,
-            [&](int64_t t) { return x_.row(t * p_.groups + group, linear.round_input); },
-            [&](int64_t t, vf sums) {
-                put_outputs(linear.out, linear.out_type, t * linear.out_stride + row, sums, count);
-            });
+        while (number >= work->panels) number -= work++->panels;
+        const int64_t of_group = (work->rows + W - 1) / W, group = number / of_group;
+        const int64_t within = number % of_group * W;
+        const int count = static_cast<int>(std::min<int64_t>(work->rows - within, W));
+        return {work->linear, group, {work->linear->weight, group * work->rows + within, count}};
+    }
+
+    // Panels [first, last) against activation rows [from, to).
+    void some(int64_t first, int64_t last, int64_t from, int64_t to) const {
+        Place here = place(first);
+        for (int64_t number = first; number < last; number++) {
+            const bool more = number + 1 < last;
+            const Place next = more ? place(number + 1) : here;
+            const Linear& linear = *here.linear;
+            meet<E>(
+                here.panel, more ? &next.panel : nullptr, from, to,
+                [&](int64_t t) { return x_.row(t * p_.groups + here.group, linear.round_input); },
+                [&](int64_t t, vf sums) {
+                    put_outputs(linear.out, linear.out_type, t * linear.out_stride + here.panel.first,
+                                sums, here.panel.count);
+                });
+            here = next;
+        }
     }
 
     const Product& p_;

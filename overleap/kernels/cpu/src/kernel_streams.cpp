@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kTokens = 16;   // a block of tokens shares one reading of fn
 constexpr int kDepth = 512;   // columns of a pass: 12 KiB of a tile's fn, 8 KiB of its x
+constexpr int kSoon = 256;    // columns ahead that a lone token asks for
 constexpr int kSlice = 6;     // rows of fn that one thread takes of a lone block
 constexpr int kMostRows = (2 + kMostStreams) * kMostStreams;
 constexpr int kTall = 4, kBroad = W == 16 ? 6 : 2;  // the sums of a tile fit the registers
@@ -38,6 +39,7 @@ void tile(const float* x, const float* fn, int64_t stride, int64_t n, vf* sum) {
         vf row[Tall];
         for (int t = 0; t < Tall; t++) row[t] = load(x + t * kDepth + i);
         for (int r = 0; r < Broad; r++) {
+            if (Tall == 1) __builtin_prefetch(fn + r * stride + i + kSoon);
             vf w = lanes.read(fn + r * stride + i);
             for (int t = 0; t < Tall; t++) kept[t][r] = fma(row[t], w, kept[t][r]);
         }

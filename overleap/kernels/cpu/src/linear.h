@@ -11,6 +11,16 @@ namespace overleap {
 enum class Float : int { f32, bf16 };           // of activations
 enum class Form : int { f32, bf16, fp8, fp4 };  // of weights
 
+// Bytes that so many numbers take, scales apart; an even number of FP4.
+inline int64_t bytes_of(Form form, int64_t numbers) {
+    switch (form) {
+        case Form::f32: return 4 * numbers;
+        case Form::bf16: return 2 * numbers;
+        case Form::fp8: return numbers;
+        default: return numbers / 2;
+    }
+}
+
 // A stored weight [rows, columns]; packed bytes stay where they are, in the memory map if need be.
 struct Stored {
     const void* data;

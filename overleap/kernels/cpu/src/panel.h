@@ -72,12 +72,15 @@ static inline void decode_fp4(const uint8_t* code, int64_t n, uint8_t scale, E* 
 
 alignas(64) constexpr bf16 kFp8Subnormals[32] = {  // multiples of 2^-9
     0x0000, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
-alignas(64) constexpr bf16 kFp4Values[32] = {  // 0 .5 1 1.5 2 3 4 6 and their negatives, twice
-    0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
-    0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0,
-    0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
-    0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0,
+// e2m1 times 2^125: 0 .5 1 1.5 2 3 4 6 and their negatives, twice. Both zeros are 0, which stays 0 when
+// an exponent is subtracted with saturation.
+alignas(64) constexpr bf16 kFp4Values[32] = {
+    0x0000, 0x7d80, 0x7e00, 0x7e40, 0x7e80, 0x7ec0, 0x7f00, 0x7f40,
+    0x0000, 0xfd80, 0xfe00, 0xfe40, 0xfe80, 0xfec0, 0xff00, 0xff40,
+    0x0000, 0x7d80, 0x7e00, 0x7e40, 0x7e80, 0x7ec0, 0x7f00, 0x7f40,
+    0x0000, 0xfd80, 0xfe00, 0xfe40, 0xfe80, 0xfec0, 0xff00, 0xff40,
 };
+constexpr int kFp4Raised = 125;
 
 // The bf16 of 32 codes, one in the low byte of each word; `shift` is added to the exponents.
 static inline __m512i fp8_numbers(__m512i word, __m512i shift) {
@@ -90,6 +93,28 @@ static inline __m512i fp8_numbers(__m512i word, __m512i shift) {
     __mmask32 nan = _mm512_cmpeq_epi16_mask(size, _mm512_set1_epi16(0x7f));
     value = _mm512_mask_mov_epi16(value, nan, _mm512_set1_epi16(0x7fc0));
     return _mm512_or_si512(value, sign);
+}
+
+// The bytes of the bf16 of a code without its sign, high ones and low ones.
+struct Fp8Bytes {
+    alignas(64) uint8_t high[128], low[128];
+    constexpr Fp8Bytes() : high(), low() {
+        for (int code = 0; code < 128; code++) {
+            int value = code < 8 ? kFp8Subnormals[code] : code == 127 ? 0x7fc0 : (120 << 7) + (code << 4);
+            high[code] = static_cast<uint8_t>(value >> 8), low[code] = static_cast<uint8_t>(value);
+        }
+    }
+};
+inline constexpr Fp8Bytes kFp8Bytes;
+
+// The high and low bytes of the bf16 of 64 codes, unscaled.
+static inline void fp8_bytes(__m512i code, __m512i& high, __m512i& low) {
+    const __m512i* h = reinterpret_cast<const __m512i*>(kFp8Bytes.high);
+    const __m512i* l = reinterpret_cast<const __m512i*>(kFp8Bytes.low);
+    high = _mm512_permutex2var_epi8(_mm512_load_si512(h), code, _mm512_load_si512(h + 1));
+    low = _mm512_permutex2var_epi8(_mm512_load_si512(l), code, _mm512_load_si512(l + 1));
+    // high | (code & 0x80)
+    high = _mm512_ternarylogic_epi32(high, code, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);
 }
 
 // 32 codes at a time; the scale is added to the exponents, so it must keep them in range.
@@ -115,9 +140,8 @@ static inline bool decode_fp4_fast(const uint8_t* code, uint8_t scale, bf16* out
     pair = _mm512_or_si512(pair, _mm512_slli_epi32(pair, 12));
     pair = _mm512_and_si512(pair, _mm512_set1_epi32(0x000f000f));
     __m512i value = _mm512_permutexvar_epi16(pair, _mm512_load_si512(kFp4Values));
-    __mmask32 some = _mm512_test_epi16_mask(pair, _mm512_set1_epi16(7));
-    __m512i add = _mm512_set1_epi16(static_cast<short>(shift * 128));
-    _mm512_storeu_si512(out, _mm512_mask_add_epi16(value, some, value, add));
+    __m512i lower = _mm512_set1_epi16(static_cast<short>((kFp4Raised - shift) * 128));
+    _mm512_storeu_si512(out, _mm512_subs_epu16(value, lower));
     return true;
 }
 

@@ -2,7 +2,7 @@
 // A piece is 16 bytes of a row. A vector of weights holds the same piece of W / 4 rows, and a piece of
 // activations is multiplied with all of them: an output is 4 running sums over its columns (bf16: of
 // pairs), added up at the end in one order, for one row of activations as for a thousand.
-// Read next: panel.h (stored codes as numbers), kernel_linear.cpp.
+// Read next: panel.h (stored codes as numbers), meet.h (few rows and many), kernel_linear.cpp.
 #pragma once
 
 #include "buffer.h"
@@ -141,6 +141,13 @@ static inline void products(
 
 // -- A panel: W rows of a stored weight. Row 4 b + i lies in block b of every fourth vector from i.
 
+// Rows first .. first + count - 1, count at most W.
+struct Panel {
+    Stored weight;
+    int64_t first;
+    int count;
+};
+
 // Readers: quad(i, k, v) makes the vectors i of columns k .. k + 31, one for each piece.
 
 // Any form, any scale, any end of a row, by way of kColumns elements. Where there are only `count`
@@ -204,10 +211,11 @@ static inline bool shifts(const uint8_t* scale, int64_t count, int least, int mo
     return low >= 127 + least && high <= 127 + most;
 }
 
-struct Fp4Reader {
+class Fp4Reader {
     int64_t stride, groups;
     const uint8_t *code, *scale;
 
+  public:
     Fp4Reader(const Stored& w, int64_t first)
         : stride(w.columns / 2), groups(w.columns / kFp4Group),
           code(static_cast<const uint8_t*>(w.data) + first * stride),
@@ -218,26 +226,30 @@ struct Fp4Reader {
     void quad(int i, int64_t k, __m512i* v) const {
         const __m512i values = _mm512_load_si512(kFp4Values);
         const __m512i halves = _mm512_set1_epi64(0x0004000000040000);
-        const __m512i own = _mm512_add_epi16(  // byte b into the words of block b
-            _mm512_set_epi64(3, 3, 2, 2, 1, 1, 0, 0) * 0x0001000100010001,
-            _mm512_set1_epi16(static_cast<short>(0x8000)));
-        const uint8_t* s = scale + i * groups + k / kFp4Group;
-        const uint32_t four = s[0] | s[4 * groups] << 8 | s[8 * groups] << 16 |
-                              static_cast<uint32_t>(s[12 * groups]) << 24;
-        const __m512i codes = _mm512_shuffle_epi8(_mm512_set1_epi32(static_cast<int>(four)), own);
-        const __m512i shift =
-            _mm512_sub_epi16(_mm512_slli_epi16(codes, 7), _mm512_set1_epi16(127 << 7));
         const __m512i bytes = quarters(code + i * stride + k / 2, stride);
+        const __m512i lower = lowering(i, k / kFp4Group);
         for (int p = 0; p < 4; p++) {
             const __m512i from = _mm512_broadcast_i32x4(_mm_add_epi16(
                 _mm_setr_epi8(0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3, -1),
                 _mm_set1_epi16(static_cast<short>(4 * p))));
             // A byte in two words: its low half counts, then its high half.
             const __m512i pair = _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, from), halves);
-            const __m512i x = _mm512_permutexvar_epi16(pair, values);
-            const __mmask32 some = _mm512_test_epi16_mask(x, _mm512_set1_epi16(0x7fff));
-            v[p] = _mm512_mask_add_epi16(x, some, x, shift);
+            v[p] = _mm512_subs_epu16(_mm512_permutexvar_epi16(pair, values), lower);
         }
+    }
+
+  private:
+    // What is to be subtracted from the words of rows i, i + 4, i + 8 and i + 12 in a group.
+    __m512i lowering(int i, int64_t group) const {
+        const uint8_t* s = scale + i * groups + group;
+        const uint32_t four = s[0] | s[4 * groups] << 8 | s[8 * groups] << 16 |
+                              static_cast<uint32_t>(s[12 * groups]) << 24;
+        const __m512i own = _mm512_add_epi16(  // byte b into the words of block b
+            _mm512_set_epi64(3, 3, 2, 2, 1, 1, 0, 0) * 0x0001000100010001,
+            _mm512_set1_epi16(static_cast<short>(0x8000)));
+        const __m512i codes = _mm512_shuffle_epi8(_mm512_set1_epi32(static_cast<int>(four)), own);
+        return _mm512_sub_epi16(_mm512_set1_epi16(static_cast<short>((kFp4Raised + 127) << 7)),
+                                _mm512_slli_epi16(codes, 7));
     }
 };
 
@@ -268,9 +280,11 @@ struct Fp8Reader {
 
 #endif
 
-// body(reader) with the fastest reader of rows first .. first + W - 1; of `count`, if there are fewer.
+// body(reader) with the fastest reader of a panel.
 template <class E, class Body>
-static inline void read(const Stored& w, int64_t first, int64_t count, const Body& body) {
+static inline void read(const Panel& panel, const Body& body) {
+    const Stored& w = panel.weight;
+    const int64_t first = panel.first, count = panel.count;
     if (count == W && w.columns % kColumns == 0) {
         if (w.form == (sizeof(E) == 2 ? Form::bf16 : Form::f32)) {
             const E* rows = static_cast<const E*>(w.data) + first * w.columns;
@@ -288,12 +302,11 @@ static inline void read(const Stored& w, int64_t first, int64_t count, const Bod
     body(PlainReader<E>{w, first, count});
 }
 
-// Rows first .. first + W - 1 of a weight, made ready for products with many rows.
-// The panel has room for W * whole_columns(columns) elements.
+// A panel made ready for products with many rows: W * whole_columns(columns) elements.
 template <class E>
-static inline void fill(const Stored& w, int64_t first, int64_t count, E* panel) {
-    read<E>(w, first, count, [&](const auto& reader) {
-        for (int64_t k = 0; k < w.columns; k += kColumns)
+static inline void fill(const Panel& of, E* panel) {
+    read<E>(of, [&](const auto& reader) {
+        for (int64_t k = 0; k < of.weight.columns; k += kColumns)
             for (int i = 0; i < 4; i++) {
                 Vector<E> v[kPieces<E>];
                 reader.quad(i, k, v);
@@ -301,49 +314,6 @@ static inline void fill(const Stored& w, int64_t first, int64_t count, E* panel)
                     std::memcpy(panel + k * W + (4 * p + i) * (W / 4) * kPiece<E>, v + p, 4 * W);
             }
     });
-}
-
-// The same outputs, of R rows, without a panel.
-template <int R, class E>
-static inline void products_at_once(const Stored& w, int64_t first, int64_t count,
-                                    const E* const* x, vf* out) {
-    read<E>(w, first, count, [&](const auto& reader) {
-        vf sum[R][4] = {};
-        for (int64_t k = 0; k < w.columns; k += kColumns)
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) {
-                Vector<E> v[kPieces<E>];
-                reader.quad(i, k, v);
-                for (int p = 0; p < kPieces<E>; p++)
-                    for (int r = 0; r < R; r++)
-                        sum[r][i] = multiply_add(broadcast(x[r] + k + p * kPiece<E>), v[p], sum[r][i]);
-            }
-        for (int r = 0; r < R; r++) out[r] = outputs(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
-    });
-}
-
-// W outputs of each of many rows: row(i) is where row i lies, body(i, outputs) takes them.
-template <class E, class Row, class Body>
-static inline void meet(const Stored& w, int64_t first, int64_t count, int64_t begin, int64_t end,
-                        const Row& row, const Body& body) {
-    const E* x[kTall];
-    vf out[kTall];
-    if (end - begin <= 2) {
-        for (int64_t i = begin; i < end; i++) x[i - begin] = row(i);
-        if (end - begin == 1) products_at_once<1>(w, first, count, x, out);
-        else if (end - begin == 2) products_at_once<2>(w, first, count, x, out);
-        for (int64_t i = begin; i < end; i++) body(i, out[i - begin]);
-        return;
-    }
-    const int64_t columns = whole_columns(w.columns);
-    E* panel = room<E>(W * columns);
-    fill(w, first, count, panel);
-    for (int64_t i = begin; i < end; i += kTall) {
-        const int rows = static_cast<int>(end - i < kTall ? end - i : kTall);
-        for (int r = 0; r < rows; r++) x[r] = row(i + r);
-        products(rows, x, panel, columns, out);
-        for (int r = 0; r < rows; r++) body(i + r, out[r]);
-    }
 }
 
 }  // namespace overleap::OVERLEAP_ISA
