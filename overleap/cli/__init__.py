@@ -2,8 +2,8 @@
 
 The only room that may read the environment. Read next: talk.py (ask, chat, generate), demo.py,
 tools.py (logits, conform, version), models.py (checkpoints), kept.py (prefixes on disk), plan.py,
-compare.py and calibrate.py, bench.py, train.py, evaluate.py, doctor.py, serve.py (HTTP), accounts.py (its keys and usage),
-screen.py (the terminal).
+compare.py and calibrate.py, bench.py, train.py, evaluate.py, doctor.py, serve.py (HTTP),
+accounts.py (its keys and usage), screen.py (the terminal).
 """
 
 from overleap.cli import (

@@ -1,4 +1,4 @@
-"""`overleap eval`: planted tasks by depth and length, bits per byte, and how far two forms are apart.
+"""`overleap eval`: planted tasks by depth and length, bits per byte, two forms side by side.
 
 Not speed (bench.py). Read next: eval/grid.py, eval/language.py.
 """

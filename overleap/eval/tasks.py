@@ -7,6 +7,7 @@ needle.py. Read next: needle.py, train/data.py (rows of them), eval/grid.py (who
 import random
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from overleap.errors import RequestError
@@ -70,7 +71,7 @@ def _chain(names: list[str], rng: random.Random, size: int) -> Task:
     attribute = rng.choice(ATTRIBUTES)
     value = rng.choice(VALUES[attribute])
     sentences = [f"The {attribute} of {names[0]} is {value}."]
-    for before, name in zip(names, names[1:], strict=False):
+    for before, name in pairwise(names):
         sentences.append(f"The {attribute} of {name} is that of {before}.")
     question = f"What is the {attribute} of {names[-1]}?"
     return Task(tuple(sentences), question, (value,), (0,))

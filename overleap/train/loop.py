@@ -3,7 +3,7 @@
     run(recipe, folder)      begins, or goes on where the folder's last checkpoint stands
 
 A folder holds recipe.json, log.jsonl, tokens/, checkpoints/step-N (the official layout) and, beside
-each, its state. Not here: losses (losses.py), one pass (passes.py), rows (data.py), keeping (kept.py).
+each, its state. Not here: losses.py, one pass (passes.py), rows (data.py), keeping (kept.py).
 """
 
 import json

@@ -35,7 +35,8 @@ def documents(paths: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
         if not path.exists():
             raise TrainingError(f"{path} does not exist")
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if not file.is_file() or file.is_symlink() or _LEFT_OUT & {*file.relative_to(path).parts}:
+            inside = {*file.relative_to(path).parts}
+            if not file.is_file() or file.is_symlink() or _LEFT_OUT & inside:
                 continue
             for name, text in _of_file(file):
                 if len(text) >= LEAST:

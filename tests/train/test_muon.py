@@ -1,4 +1,4 @@
-"""Muon: updates as the report writes them, orthogonal, of the stated size; and the rest is AdamW."""
+"""Muon: updates as the report writes them, of the stated size; the rest is AdamW."""
 
 import math
 
@@ -84,7 +84,8 @@ def test_stored_matrices_are_updated_part_by_part(seed: int) -> None:
     optimizer = Optimizer([(name, whole)], OPS, config)
     whole.grad = torch.randn(shape)
     optimizer.step(1.0, 0.0)
-    for part, grad in zip(whole.detach().split([4, 4, 16]), whole.grad.split([4, 4, 16])):
+    parts, grads = (t.split([4, 4, 16]) for t in (whole.detach(), whole.grad))
+    for part, grad in zip(parts, grads, strict=True):
         alone = torch.nn.Parameter(torch.zeros_like(part))
         other = Optimizer([("layers.0.w", alone)], OPS)
         alone.grad = grad.clone()
