@@ -19,7 +19,7 @@ from overleap.train.attend import Tiles
 from overleap.train.ops import Seen
 
 HIDDEN = -1e30
-HEAD_ROWS = 4096  # rows whose logits exist at once
+HEAD_ROWS = 1024  # rows whose logits exist at once
 
 
 def token_losses(model: Transformer, x_TMD: Tensor, rows_N: Tensor, target_N: Tensor) -> Tensor:
