@@ -3,6 +3,7 @@
 Not the loop (train/loop.py) nor what a recipe is (train/recipe.py). Read next: evaluate.py.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,8 +59,15 @@ def train(
     screen.note(f"{wanted.steps:,} steps; log, checkpoints and recipe in {folder}")
     with screen.bar("training", "steps") as bar:
         told = _Told(bar, wanted.steps)
-        run(wanted, folder, ranks=ranks, report=told)
+        run(wanted, folder, ranks=ranks, within=_torchrun(), report=told)
     print(folder)
+
+
+def _torchrun() -> tuple[int, int] | None:
+    """This process's rank and how many there are, under torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 class _Told:

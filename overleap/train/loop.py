@@ -8,7 +8,6 @@ each, its state. Not here: losses.py, one pass (passes.py), rows (data.py), keep
 
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -44,21 +43,28 @@ SPIKE_TRIES = 5  # rollbacks in a run, before it is given up
 TOKENIZER_TEXT = 24_000_000  # characters that the tokenizer is trained on
 
 
-def run(recipe: Recipe, folder: Path, *, ranks: int = 1, report: Report | None = None) -> None:
+def run(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    ranks: int = 1,
+    within: tuple[int, int] | None = None,
+    report: Report | None = None,
+) -> None:
     """Train (or continue) in `folder`, with `ranks` processes on this machine.
 
-    Under torchrun every process calls this with ranks=1. Raises TrainingError, also where the
-    folder holds a run of another recipe.
+    within  this process's rank and how many there are, where others (torchrun) started them all
+    Raises TrainingError, also where the folder holds a run of another recipe.
     """
-    begin(recipe, folder)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        _rank(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), folder, "env://", report)
+    if within is not None:
+        _rank(*within, recipe, folder, "env://", report)
     elif ranks == 1:
-        _rank(0, 1, folder, None, report)
+        _rank(0, 1, recipe, folder, None, report)
     else:
+        begin(recipe, folder)
         meeting = folder / "meeting"
         meeting.unlink(missing_ok=True)
-        spawn(_rank_of, (ranks, folder, f"file://{meeting}"), nprocs=ranks, join=True)
+        spawn(_rank, (ranks, recipe, folder, f"file://{meeting}", None), nprocs=ranks, join=True)
 
 
 def begin(recipe: Recipe, folder: Path) -> None:
@@ -92,17 +98,24 @@ def recipe_of(folder: Path) -> Recipe:
     return from_json(path.read_text("utf-8"), str(path))
 
 
-def _rank_of(rank: int, ranks: int, folder: Path, meeting: str) -> None:
-    _rank(rank, ranks, folder, meeting, None)
-
-
-def _rank(rank: int, ranks: int, folder: Path, meeting: str | None, report: Report | None) -> None:
+def _rank(
+    rank: int,
+    ranks: int,
+    recipe: Recipe,
+    folder: Path,
+    meeting: str | None,
+    report: Report | None,
+) -> None:
     if ranks > 1:
         torch.set_num_threads(1)  # on a shared machine they wait for each other once a step
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=ranks)
     torch._dynamo.config.recompile_limit = 64  # one function serves many shapes
     try:
+        if rank == 0:
+            begin(recipe, folder)
+        if ranks > 1:
+            dist.barrier()
         Trainer(recipe_of(folder), folder, report).run()
     finally:
         if ranks > 1:
