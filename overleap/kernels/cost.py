@@ -282,6 +282,31 @@ def project(
     return Cost(bytes_, operations, _unit(x, first.weights[0], first.round_input))
 
 
+def attention_inputs(
+    x_TD: Tensor,
+    of_input: tuple[Joint, ...],
+    of_latent: tuple[Joint, ...],
+    q_norm: Tensor,
+    kv_norm: Tensor,
+    eps: float,
+    heads: int,
+    position_T: Tensor,
+    frequency: Tensor,
+    row: RowFormat,
+) -> Cost:
+    """Both projections, the norms and the rotation; the latent and the row stay inside."""
+    latent_TQ = x_TD.new_empty((x_TD.shape[0], of_input[0].outputs))
+    kv_TK = x_TD.new_empty((x_TD.shape[0], row.width))
+    q_THK = x_TD.new_empty((x_TD.shape[0], heads, row.width))
+    first, second = project(x_TD, of_input), project(latent_TQ, of_latent, q_norm, eps)
+    turned = norm_rope(q_THK, None, eps, position_T, frequency)
+    packed = norm_rope_quantize(kv_TK, kv_norm, eps, position_T, frequency, False, row)
+    parts = first, second, turned, packed
+    inside = 2 * nbytes(latent_TQ) + 2 * nbytes(kv_TK) + 2 * nbytes(q_THK)
+    moved = sum(part.bytes for part in parts) - inside
+    return Cost(moved, sum(part.operations for part in parts), first.unit)
+
+
 def project_back(o_TGI: Tensor, inner: Weight, outer: Joint) -> Cost:
     """Both products."""
     (weight,) = outer.weights
@@ -390,6 +415,7 @@ COSTS: dict[str, Callable[..., Cost]] = {
     "sample": sample,
     "orthogonalise": orthogonalise,
     "project": project,
+    "attention_inputs": attention_inputs,
     "project_back": project_back,
     "norm_rope_quantize": norm_rope_quantize,
     "compress_write": compress_write,

@@ -15,6 +15,12 @@ def norm_forgotten(x: Tensor, parts: Any, norm: Any = None, eps: float = 0.0) ->
     return GOOD.project(x, parts)
 
 
+def latent_not_normed(x: Tensor, first: Any, second: Any, q_norm: Any, *rest: Any) -> Any:
+    q, fresh, *others = GOOD.attention_inputs(x, first, second, q_norm, *rest)
+    bare = GOOD.project(GOOD.project(x, first)[0], second)
+    return q, fresh, *others[: len(first) - 2], *bare[1:]
+
+
 def never_rounded(o_TGI: Tensor, inner: Weight, outer: Joint) -> Tensor:
     plain = Joint(outer.weights, False, not outer.wide)
     return GOOD.project_back(o_TGI, inner, plain)
@@ -60,6 +66,7 @@ def weight_forgotten(x: Tensor, *args: Any) -> Any:
 
 COARSE: dict[str, tuple[str, Callable[..., Any], str]] = {
     "no norm before the products": ("project", norm_forgotten, ""),
+    "a latent without its norm": ("attention_inputs", latent_not_normed, ""),
     "results of the wrong type": ("project_back", never_rounded, "expected"),
     "queries not mixed": ("norm_rope_quantize", not_mixed, ""),
     "the tail written first": ("compress_write", tail_first, ""),

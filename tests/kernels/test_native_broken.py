@@ -26,6 +26,7 @@ FLAGS = "-std=c++20 -O1 -ffp-contract=off -fPIC -shared -pthread -w -DOVERLEAP_I
 
 # What bind_rows.cpp makes of the arguments, for C callers.
 SHIM = """
+#include <cstring>
 #include "rows.h"
 using namespace overleap;
 extern "C" {
@@ -37,16 +38,32 @@ void quantize(const void* x, int type, int64_t count, int64_t width, bool key, i
     portable::quantize({x, static_cast<Float>(type), count, 1, width, out, threads},
                        {key, rotary, bytes});
 }
-void route(float* logit, const float* bias, const int64_t* fixed, int64_t tokens, int64_t experts,
-           int64_t k, float scale, int64_t* ids, float* weight, int threads) {
-    portable::route({logit, bias, fixed, tokens, experts, k, scale, ids, weight, threads});
+static float value(const void* p, int type, int64_t i) {
+    if (type == 0) return static_cast<const float*>(p)[i];
+    uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(p)[i]) << 16;
+    float found;
+    std::memcpy(&found, &bits, 4);
+    return found;
+}
+void route(const void* x, int type, int64_t tokens, int64_t width, const void* gate, int form,
+           const float* bias, const int64_t* fixed, int64_t experts, int64_t k, float scale,
+           int64_t* ids, float* weight, int threads) {
+    std::vector<float> logit(static_cast<size_t>(tokens * experts));
+    for (int64_t i = 0; i < tokens * experts; i++)
+        for (int64_t j = 0; j < width; j++)
+            logit[i] += value(x, type, i / experts * width + j) *
+                        value(gate, form, i % experts * width + j);
+    portable::route({logit.data(), bias, fixed, tokens, experts, k, scale, ids, weight, threads});
 }
 }
 """
 TYPES: dict[str, list[Any]] = {
     "hadamard": [c_void_p, c_int, c_int64, c_int64, c_void_p, c_int],
     "quantize": [c_void_p, c_int, *[c_int64] * 2, c_bool, *[c_int64] * 2, c_void_p, c_int],
-    "route": [*[c_void_p] * 3, *[c_int64] * 3, c_float, *[c_void_p] * 2, c_int],
+    "route": [
+        *(c_void_p, c_int, c_int64, c_int64, c_void_p, c_int, c_void_p, c_void_p),
+        *(c_int64, c_int64, c_float, c_void_p, c_void_p, c_int),
+    ],
 }
 # op: its source, a line of it, the line with a mistake, what conform says of it
 MISTAKES = {

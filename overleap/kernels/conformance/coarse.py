@@ -51,6 +51,94 @@ def _projected(x: Tensor, part: Joint, dtype: torch.dtype, rounded_before: bool)
     return close(want, torch.float32 if part.wide else dtype, times)
 
 
+def attention_inputs(draw: Draw, timed: bool) -> Iterator[Case]:
+    """Values in wide f32 rows; and signs, which no norm and no rounding on the way changes."""
+    for tokens in (0, 1, 63):
+        yield _inputs_of_values(draw, tokens)
+        for dtype in FLOATS:
+            yield _inputs_of_signs(draw, tokens, dtype)
+
+
+def _inputs_of_values(draw: Draw, tokens: int) -> Case:
+    columns, rank, heads, width = 129, 65, 3, 64
+    frequency = 10000.0 ** -(torch.arange(8) / 8).to(draw.device)
+    position, x = draw.integers(0, 1 << 20, tokens), draw.normal(tokens, columns)
+    q_norm, kv_norm = draw.normal(rank), draw.normal(width)
+    shapes = [(rank, columns), (width, columns), (17, columns), (heads * width, rank), (33, rank)]
+    a, kv, other, b, more = (draw.weight("f32", *shape) for shape in shapes)
+
+    def normed(of: Exact, weight: Tensor | None) -> Exact:
+        want = exact.rms_norm(of.want, weight, EPS).want
+        factor = exact.rms_norm(of.want, weight, EPS).want / of.want
+        return Exact(want, of.size * factor.abs())
+
+    def times(of: Exact, weight: Weight) -> Exact:
+        w = exact.weight_values(weight)
+        return Exact(of.want @ w.T, of.size @ w.abs().T)
+
+    def turned(of: Exact) -> Exact:
+        want = exact.rotate(of.want, position, frequency, False).want
+        pairs = (
+            of.size[..., -16:]
+            .unflatten(-1, (8, 2))
+            .sum(-1, keepdim=True)
+            .expand(*of.size.shape[:-1], 8, 2)
+        )
+        return Exact(want, torch.cat([of.size[..., :-16], pairs.flatten(-2)], -1))
+
+    latent = normed(exact.matmul(x, a, False), q_norm)
+    q, row = times(latent, b), normed(exact.matmul(x, kv, False), kv_norm)
+    q = Exact(*(part.unflatten(-1, (heads, width)) for part in (q.want, q.size)))
+    wanted = [
+        turned(normed(q, None)),
+        turned(row),
+        exact.matmul(x, other, False),
+        times(latent, more),
+    ]
+    of_input, of_latent = (
+        tuple(Joint((w,), False) for w in part) for part in ((a, kv, other), (b, more))
+    )
+    args = (x, of_input, of_latent, q_norm, kv_norm, EPS, heads, position, frequency)
+    checks = all_of(*(close(want, torch.float32) for want in wanted))
+    return Case(
+        "attention_inputs",
+        f"{tokens} of values, wide rows",
+        (*args, RowFormat("wide", width, 0)),
+        checks,
+    )
+
+
+def _inputs_of_signs(draw: Draw, tokens: int, dtype: torch.dtype) -> Case:
+    columns, rank, heads = 128, 64, 2
+    width, still = KV.width, torch.zeros(tokens, dtype=torch.int64, device=draw.device)
+    frequency = 10000.0 ** -(torch.arange(KV.rope // 2) / (KV.rope // 2)).to(draw.device)
+    x = (2 * draw.integers(0, 2, tokens, columns) - 1).to(dtype)
+
+    def picking(outputs: int, inputs: int) -> tuple[Weight, Tensor]:
+        which = draw.integers(0, inputs, outputs)
+        one = torch.nn.functional.one_hot(which, inputs)
+        return Weight(one.bfloat16()), which
+
+    (a, of_a), (kv, of_kv) = picking(rank, columns), picking(width, columns)
+    (b, of_b), packed = picking(heads * width, rank), draw.weight("fp8", 33, rank)
+    latent, ones = x[:, of_a], torch.ones(max(rank, width), device=draw.device)
+    q = exact.rms_norm(latent[:, of_b].unflatten(-1, (heads, width)), None, EPS)
+    row = exact.rms_norm(x[:, of_kv], None, EPS).want.to(dtype)
+    wide = Joint((draw.weight("bf16", 17, columns),), False, True)
+    checks = all_of(
+        close(q, dtype),
+        same_bytes(exact.row_bytes(row, KV)),
+        close(exact.matmul(x, wide.weights[0], False), torch.float32),
+        close(exact.matmul(latent, packed, True), dtype),
+    )
+    args = (
+        *(x, (Joint((a,), False), Joint((kv,), False), wide)),
+        *((Joint((b,), False), Joint((packed,), True)), ones[:rank], ones[:width]),
+        *(EPS, heads, still, frequency, KV),
+    )
+    return Case("attention_inputs", f"{tokens} of signs, packed rows", args, checks, dtype)
+
+
 def project_back(draw: Draw, timed: bool) -> Iterator[Case]:
     """Plain weights; and small whole numbers, which e4m3 holds, with a rounded second half."""
     for tokens, groups, inputs, rank, outputs in [(63, 3, 129, 17, 65), (1, 2, 64, 64, 256)]:

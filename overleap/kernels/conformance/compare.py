@@ -51,6 +51,7 @@ RULES: dict[str, Rule] = {
     "sample": Rule(FLOAT32, FLOAT32, "equal logits (-0.0 is 0.0): the smaller id, in every cut"),
     "orthogonalise": Rule(2.0**-4, 2.0**-4, "products in bf16; zeros stay zeros"),
     "project": Rule(FLOAT32, BFLOAT16, "the norm's result has the type of its input"),
+    "attention_inputs": Rule(FLOAT32, BFLOAT16, "the latent is normed once, for all that meets it"),
     "project_back": Rule(FLOAT32, BFLOAT16, "the first half is not rounded, the second may be"),
     "norm_rope_quantize": Rule(FLOAT32, BFLOAT16, "packed rows to the byte"),
     "compress_write": Rule(FLOAT32, FLOAT32, "entries read the tail as it was before"),

@@ -46,6 +46,7 @@ CASES: dict[str, Cases] = {
     "sample": choosing.sample,
     "orthogonalise": choosing.orthogonalise,
     "project": coarse.project,
+    "attention_inputs": coarse.attention_inputs,
     "project_back": coarse.project_back,
     "norm_rope_quantize": coarse.norm_rope_quantize,
     "compress_write": coarse.compress_write,

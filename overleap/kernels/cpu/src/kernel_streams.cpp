@@ -213,7 +213,7 @@ void spread_token(const Spread& s, int64_t token) {
 
 void collapse(const Collapse& c) {
     const int64_t blocks = (c.tokens + kTokens - 1) / kTokens;
-    const bool tiny = c.tokens * c.streams * c.width * rows_of(c) < 4 * kRowsWork;
+    const bool tiny = c.tokens * c.streams * c.width * rows_of(c) < 2 * kRowsWork;
     const int threads = tiny ? 1 : c.threads;
     typed(c.type, [&](auto e) {
         using E = decltype(e);

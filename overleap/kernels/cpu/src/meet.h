@@ -9,6 +9,7 @@
 
 namespace overleap::OVERLEAP_ISA {
 
+constexpr int64_t kNear = 8192;  // bytes of a panel that the first cache takes beside the one in use
 constexpr int64_t kFew = 2;  // rows for which a panel is not worth writing
 
 #if defined(__AVX512BF16__)
@@ -55,6 +56,7 @@ class Fp8Codes {
 class Ahead {
     const uint8_t* data_;
     int64_t step_ = 0;
+    bool near_ = true;
 
   public:
     Ahead(const Panel* next, int64_t steps) {
@@ -63,6 +65,7 @@ class Ahead {
         const int64_t bytes = bytes_of(w.form, w.columns * W);
         data_ = static_cast<const uint8_t*>(w.data) + bytes_of(w.form, next->first * w.columns);
         step_ = (bytes / steps + 63) / 64 * 64;
+        near_ = bytes <= kNear;
         if (w.form != Form::fp4) return;
         const int64_t groups = w.columns / kFp4Group;
         for (int64_t at = 0; at < W * groups; at += 64)
@@ -70,7 +73,9 @@ class Ahead {
     }
 
     void step() {
-        for (int64_t line = 0; line < step_; line += 64) __builtin_prefetch(data_ + line);
+        for (int64_t line = 0; line < step_; line += 64)
+            if (near_) __builtin_prefetch(data_ + line);
+            else __builtin_prefetch(data_ + line, 0, 2);
         data_ += step_;
     }
 };

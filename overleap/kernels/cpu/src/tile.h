@@ -225,16 +225,16 @@ class Fp4Reader {
 
     void quad(int i, int64_t k, __m512i* v) const {
         const __m512i values = _mm512_load_si512(kFp4Values);
-        const __m512i halves = _mm512_set1_epi64(0x0004000000040000);
         const __m512i bytes = quarters(code + i * stride + k / 2, stride);
         const __m512i lower = lowering(i, k / kFp4Group);
+        // Codes into the low bits of bytes, then of words; what else is in a word does not count.
+        const __m512i shifted = _mm512_srli_epi16(bytes, 4);
+        const __m512i half[2] = {_mm512_unpacklo_epi8(bytes, shifted),
+                                 _mm512_unpackhi_epi8(bytes, shifted)};
         for (int p = 0; p < 4; p++) {
-            const __m512i from = _mm512_broadcast_i32x4(_mm_add_epi16(
-                _mm_setr_epi8(0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3, -1),
-                _mm_set1_epi16(static_cast<short>(4 * p))));
-            // A byte in two words: its low half counts, then its high half.
-            const __m512i pair = _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, from), halves);
-            v[p] = _mm512_subs_epu16(_mm512_permutexvar_epi16(pair, values), lower);
+            const __m512i word = p % 2 ? _mm512_unpackhi_epi8(half[p / 2], half[p / 2])
+                                       : _mm512_unpacklo_epi8(half[p / 2], half[p / 2]);
+            v[p] = _mm512_subs_epu16(_mm512_permutexvar_epi16(word, values), lower);
         }
     }
 
