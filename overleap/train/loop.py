@@ -302,7 +302,7 @@ class Trainer:
         """What rank 0 says, on all ranks."""
         if self.ranks == 1:
             return mine
-        word = torch.tensor(int(mine))
+        word = torch.tensor(int(mine), device=self.work.device)
         dist.broadcast(word, 0)
         return bool(word)
 

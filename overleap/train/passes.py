@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -38,6 +39,14 @@ from overleap.train.shards import PAD_ID
 FAR_BITS = 20  # questions are moved up to a million tokens further from their facts
 
 
+def best_device() -> torch.device:
+    """A GPU that torch sees as CUDA (of its own to each rank), else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return torch.device("cuda", rank % torch.cuda.device_count())
+
+
 def best_dtype() -> torch.dtype:
     """bf16 where this machine multiplies it, else float32."""
     if torch.cuda.is_available():
@@ -54,8 +63,7 @@ def trainable(recipe: Recipe) -> dict[str, Tensor]:
 
 def peak_flops(dtype: torch.dtype, size: int = 1024) -> float:
     """Operations a second of one large product on this rank: what MFU is a share of."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.randn(size, size, dtype=dtype, device=device)
+    a = torch.randn(size, size, dtype=dtype, device=best_device())
     best = math.inf
     for _ in range(5):
         began = time.perf_counter()
@@ -82,8 +90,8 @@ class Packed:
     seen: Asked
 
 
-def packed(rows: list[Row]) -> Packed:
-    """Rows one after another."""
+def packed(rows: list[Row], device: torch.device | None = None) -> Packed:
+    """Rows one after another; the CPU unless a device is named."""
     ids = torch.tensor([i for row in rows for i in row.ids])
     counts = tuple(n for row in rows for n in row.counts)
     learn = torch.tensor([i for row in rows for i in row.learn])
@@ -99,8 +107,10 @@ def packed(rows: list[Row]) -> Packed:
     known = gold_N >= 0
     document = torch.searchsorted(ends, at_N[known], right=True)
     begins = ends - torch.tensor(counts)
-    seen = Asked(at_N[known], gold_N[known], begins[document], ends[document])
-    return Packed(ids, following, learn, counts, at_N, seen)
+    where = (at_N[known], gold_N[known], begins[document], ends[document])
+    seen = Asked(*(t.to(device) for t in where))
+    ids, following, learn = ids.to(device), following.to(device), learn.to(device)
+    return Packed(ids, following, learn, counts, at_N.to(device), seen)
 
 
 class Pass:
@@ -114,8 +124,10 @@ class Pass:
             compiled=recipe.compiled,
             dtype=dtype,
         )
+        self.device = best_device()
         self.model = Transformer(config, self.ops)
         self.model.assign(weights)
+        self.model.to(self.device)
         for name, p in self.model.named_parameters():
             p.requires_grad_(p.is_floating_point() and not name.endswith("gate.bias"))
         self._roles = {
@@ -139,10 +151,10 @@ class Pass:
         for module in model.modules():
             if isinstance(module, Indexer):
                 module.topk = recipe.config.index_topk if stage.sparse else 1 << 30
-        step = packed(rows)
+        step = packed(rows, self.device)
         cache, spans = self._room(step.counts)
         streams, taps, seen = self._trunk(step.ids_T, cache, spans)
-        picked = _some(step.learn_T, recipe.language_rows, draw)
+        picked = _some(step.learn_T.cpu(), recipe.language_rows, draw).to(self.device)
         asked = len(step.at_N)
         wanted = torch.cat((step.at_N, picked))
         nll = losses.token_losses(model, streams, wanted, step.next_T[wanted])
@@ -192,22 +204,23 @@ class Pass:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What CSA layers learn of where to look: retrieval, guidance, distillation."""
         recipe, kinds = self.recipe, self.recipe.config.layer_kinds
-        total, record = torch.zeros(()), dict[str, Tensor]()
+        total, record = torch.zeros((), device=self.device), dict[str, Tensor]()
         csa = [number for number, kind in enumerate(kinds) if kind is LayerKind.CSA]
         known = len(step.seen.at_N)
-        far = _distances(known, draw)
-        some = torch.randint(len(step.ids_T), (recipe.distilled,), generator=draw)
+        far = _distances(known, draw).to(self.device)
+        some = torch.randint(len(step.ids_T), (recipe.distilled,), generator=draw).to(self.device)
         rows = torch.cat((step.at_N, some))
         for layer, tap, keys, sight in zip(csa, taps, self._keys, seen.attention, strict=True):
             block = self.model.layers[layer]
             assert isinstance(block, Block)
+            frequency = block.frequency.to(self.device)
             index = losses.Index(tap.index_q, tap.index_weight, keys)
             distilled = losses.distillation_loss(sight, index, rows, self.ops.tiles(spans))
             total = total + recipe.distillation * distilled / len(csa)
             record[f"kl{layer}"] = distilled
             if known:
-                found, top = losses.retrieval_loss(sight, step.seen, block.frequency, far)
-                guided, best = losses.guided_index_loss(index, step.seen, block.frequency, far)
+                found, top = losses.retrieval_loss(sight, step.seen, frequency, far)
+                guided, best = losses.guided_index_loss(index, step.seen, frequency, far)
                 total = total + (stage.retrieval * found + recipe.index * guided) / len(csa)
                 record |= {f"attend{layer}": found, f"attend{layer}_top": top}
                 record |= {f"index{layer}": guided, f"index{layer}_top": best}
@@ -218,7 +231,7 @@ class Pass:
     ) -> tuple[Tensor, Seen]:
         """Cross-entropy of the token after next (section 3.8), at the rows of the main loss."""
         after = F.pad(step.next_T[1:], (0, 1), value=PAD_ID)
-        ends = torch.tensor(spans.offset[1:]) - 1
+        ends = torch.tensor(spans.offset[1:], device=self.device) - 1
         after[ends] = PAD_ID
         ops = self.ops
 
@@ -235,7 +248,8 @@ class Pass:
     def _room(self, counts: tuple[int, ...]) -> tuple[Cache, Spans]:
         """A cache of the right shape; the training ops write nothing into it."""
         pages = sum(counts) // 128
-        cache = Cache(self.recipe.config, pages=pages, slots=1, format=CacheFormat.WIDE)
+        wide, device = CacheFormat.WIDE, self.device
+        cache = Cache(self.recipe.config, pages=pages, slots=1, format=wide, device=device)
         numbers = iter(range(pages))
         parts = [(0, n, 0, [next(numbers) for _ in range(n // 128)]) for n in counts]
         return cache, Spans.of(parts, cache.device)
