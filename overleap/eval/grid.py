@@ -45,7 +45,8 @@ def document(
     Raises RequestError when the text is too short.
     """
     rng = random.Random(f"{seed}/{tokens}")
-    room = tokens - 32 - 16 * sum(len(task.sentences) for task in tasks)
+    planted = [sentence for task in tasks for sentence in task.sentences]
+    room = tokens - 32 - sum(len(reader.tokenizer.encode(one)) + 2 for one in planted)
     text = stdlib_text(seed) if text is None else text
     start = rng.randrange(max(1, len(text) - 6 * tokens))
     ids = reader.tokenizer.encode(text[start : start + 6 * tokens])[: max(room, 0)]
