@@ -62,9 +62,9 @@ def mini() -> Recipe:
     return Recipe(
         config=mini_config(),
         stages=(
-            Stage(200, 512, 16, (first,), language=0.3),
-            Stage(200, 512, 16, mixed(0.25, 12), language=0.5, rate=0.5, mtp=0.3),
-            Stage(200, 1024, 8, mixed(0.5, 20), rate=0.5, mtp=0.3),
+            Stage(110, 512, 16, (first,), language=0.3),
+            Stage(140, 512, 16, mixed(0.25, 12), language=0.5, rate=0.5, mtp=0.3),
+            Stage(150, 1024, 8, mixed(0.5, 20), rate=0.5, mtp=0.3),
             Stage(1000, 4096, 4, mixed(0.6, 48), rate=0.5, mtp=0.3),
             Stage(20, 4096, 4, mixed(0.5, 48), indexer_only=True, rate=0.5),
             Stage(150, 16384, 1, mixed(0.6, 64), sparse=True, rate=0.5, mtp=0.1),
