@@ -7,6 +7,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.overleap-installed
 NATIVE  := CMakeLists.txt $(wildcard overleap/kernels/cpu/src/*)
+CLIENTS := build/clients
 TOKENS  ?= 131072
 WORKERS ?= 2
 
@@ -14,7 +15,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format docs bench clean
+.PHONY: help setup demo test test-slow clients check format docs bench clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -45,6 +46,12 @@ test: $(STAMP) ## run the test suite
 # Exit code 5 says that no test carries the mark, which is not a failure.
 test-slow: $(STAMP) ## run the tests that take minutes
 	$(PYTEST) -m slow --timeout 3600 || [ $$? -eq 5 ]
+
+clients: $(STAMP) ## install other people's programs, which tests/clients hold the server against
+	@test -x $(CLIENTS)/venv/bin/python || "$(PYTHON)" -m venv $(CLIENTS)/venv
+	$(CLIENTS)/venv/bin/python -m pip install -q --disable-pip-version-check \
+	  llm==0.36 llm-comply==0.5.0 'lm_eval[api]==0.4.13' transformers==5.24.0
+	npm install --silent --no-audit --no-fund --prefix $(CLIENTS) openai@6.49.0 axe-core@4.14.1
 
 check: $(STAMP) ## formatting, lint, types, and the rules of the house
 	$(BIN)/ruff format --check .

@@ -27,7 +27,6 @@ RANKS = {
     "overleap.cache.layout": 0,
     "overleap.kernels": 1,
     "overleap.plan": 1,
-    "overleap.weights": 1,
     "overleap.cache": 2,
     "overleap.model": 3,
     "overleap.checkpoint": 4,
@@ -63,7 +62,6 @@ TORCH_FREE = [
     "overleap.errors",
     "overleap.config",
     "overleap.plan",
-    "overleap.weights",
     "overleap.cache.layout",
     "overleap.chat.profiles",
 ]

@@ -105,14 +105,16 @@ def render_body(
     returns  the prompt, and the library's request for what else it holds (sampling, limits, the
              event stream of that API)
 
-    Only the effort level is ours: it means what `profile` says, also where the body names none.
+    Ours are the effort level, which means what `profile` says, also where the body names none, and
+    that no reasoning comes before a tool call that is demanded.
     Raises DialectError, with the library's sentence for what it refuses.
     """
     _require_chat(profile)
     _refuse_images(body)
     model = str(body.get("model", profile.name))
+    # A call that is demanded follows at once. Who asks for thinking as well is told of it.
     options = recipe.ConversionOptions(
-        default_thinking_mode=profile.thinks
+        default_thinking_mode=profile.thinks and not _demands_call(body)
     ).with_model_versions_by_name({model: recipe.ModelVersion.DeepseekV4Pro})
     given = {**_with_reasoning_content(body), "model": model}
     try:
@@ -258,6 +260,14 @@ def _named_effort(api: Api, body: Mapping[str, Any]) -> bool:
         return body.get("reasoning_effort") is not None
     inner = body.get("reasoning" if api == "responses" else "output_config")
     return isinstance(inner, Mapping) and inner.get("effort") is not None
+
+
+def _demands_call(body: Mapping[str, Any]) -> bool:
+    """Whether the answer has to be a tool call, as any of the APIs says it."""
+    choice = body.get("tool_choice")
+    if isinstance(choice, Mapping):
+        return choice.get("type") in ("function", "any", "tool")
+    return choice == "required"
 
 
 def _with_reasoning_content(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from overleap.errors import DialectError, RequestError
 MAX_BYTES = 64 * 2**10  # of a schema, a pattern or all tool schemas
 KEPT = 256  # compiled grammars
 _TEXT = "/(?s:.)*/"  # any text; special tokens are none
-_VALUE = "/(?s:[^<]|<[^\\/<])*/"  # of a string parameter: all up to the next closing tag
+# Of a string parameter: all up to the next closing tag. Two lexemes, since the library's lexer does
+# not go back: one that had taken the tag's "<" could not give it up at the "/".
+_VALUE = "(/[^<]+/ | /<+[^<\\/]/)*"
 # Of one step: what these forbid ends one answer with an error and lets the others go on.
 _ITEMS, _FUEL, _STATES = 2000, 200_000, 50_000
 # As the checkpoints' training data writes JSON, and no endless runs of blanks.

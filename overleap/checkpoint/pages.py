@@ -22,7 +22,7 @@ from overleap.checkpoint.files import Shard
 from overleap.checkpoint.folder import Checkpoint
 from overleap.checkpoint.table import Damaged, Problem, Role
 from overleap.model.transformer import Transformer
-from overleap.weights import Weights
+from overleap.plan.mapped import Weights
 
 PAGE = mmap.PAGESIZE
 HUGE = 2 * 2**20

@@ -2,8 +2,8 @@
 
 The only room that may read the environment. Read next: talk.py (ask, chat, generate), demo.py,
 tools.py (logits, conform, version), models.py (checkpoints), kept.py (prefixes on disk), plan.py,
-compare.py and calibrate.py, bench.py, doctor.py, serve.py (HTTP), accounts.py (its keys and usage),
-screen.py (the terminal).
+compare.py and calibrate.py, bench.py, train.py, evaluate.py, doctor.py, serve.py (HTTP),
+accounts.py (its keys and usage), screen.py (the terminal).
 """
 
 from overleap.cli import (
@@ -13,12 +13,14 @@ from overleap.cli import (
     compare,
     demo,
     doctor,
+    evaluate,
     kept,
     models,
     plan,
     serve,
     talk,
     tools,
+    train,
 )
 from overleap.cli.app import app, main
 
@@ -30,6 +32,7 @@ __all__ = [
     "compare",
     "demo",
     "doctor",
+    "evaluate",
     "kept",
     "main",
     "models",
@@ -37,4 +40,5 @@ __all__ = [
     "serve",
     "talk",
     "tools",
+    "train",
 ]

@@ -25,7 +25,8 @@ FEW_FILES = 1024  # files a process may open: shards, connections
 PYTHON = (3, 11)
 NEEDED = (
     "torch", "numpy", "safetensors", "huggingface-hub", "tokenizers", "typer", "rich",
-    "deepseek-recipe", "blake3", "platformdirs",
+    "deepseek-recipe", "blake3", "platformdirs", "llguidance", "pydantic", "fastapi", "uvicorn",
+    "sqlalchemy", "alembic", "prometheus-client",
 )  # fmt: skip
 EXTRAS = {"matplotlib": "pip install overleap[plots]"}  # what is worth having, and how to get it
 

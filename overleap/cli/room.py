@@ -17,7 +17,7 @@ from overleap.cli.app import cache_format_of
 from overleap.config import ModelConfig
 from overleap.engine.budget import NO_WEIGHTS, Budget, budget, parse_bytes
 from overleap.errors import CapacityError, OverleapError, RequestError
-from overleap.weights import Weights, mapped_weights
+from overleap.plan.mapped import Weights, mapped_weights
 
 # Resident memory of the process once torch is imported: no build takes less; what the CPU build
 # takes. Weights come on top; those that are unpacked and widened grow by so much at most.

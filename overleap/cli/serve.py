@@ -16,6 +16,7 @@ from overleap.cli import screen
 from overleap.cli.accounts import Ledger, TiersFile, ledger_of
 from overleap.cli.app import CACHE_SPACE, CacheDir, CacheSpace, Keep, Memory, app
 from overleap.cli.kept import Keeping, default_folder
+from overleap.cli.preflight import preflight
 from overleap.cli.room import Front, Room, open_front
 from overleap.cli.session import import_torch
 from overleap.errors import CapacityError, ConfigError, RequestError
@@ -65,6 +66,7 @@ def serve(
     Example: `overleap serve`
     """
     room, keeping = Room.of("release", memory, False), Keeping.of(keep, cache_dir, cache_space)
+    preflight(None if keeping is None else keeping.folder or default_folder())
     front = open_front(model)
     most = front.config.max_position_embeddings
     context = min(most, context or most)
@@ -106,6 +108,7 @@ def serve(
             costs=load_costs(costs),
             needs_keys=keys,
             public=_public(front, public_prefix),
+            plan=_plan(front, context),
         )
     )
     bound = listening.getsockname()[1]
@@ -197,6 +200,17 @@ def _name_of(model: str, front: Front) -> str:
     if not last:
         raise ConfigError(f"{model!r} gives the model no name", "give it one with --name")
     return last
+
+
+def _plan(front: Front, context: int) -> dict[str, Any] | None:
+    """The plan of this model in this process, its weights loaded; None where nobody can tell."""
+    from overleap.plan import Load, running
+
+    try:
+        return running(Load(front.config, context))
+    except ConfigError as error:
+        screen.note(error.message)
+        return None
 
 
 def _public(front: Front, path: Path | None) -> list[list[int]]:

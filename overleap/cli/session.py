@@ -19,7 +19,7 @@ from overleap.cli.kept import Keeping, note_trouble, open_disk
 from overleap.cli.room import Front, Room
 from overleap.engine.budget import Budget
 from overleap.machine import size
-from overleap.weights import Weights
+from overleap.plan.mapped import Weights
 
 
 @dataclass(frozen=True)

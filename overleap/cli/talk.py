@@ -1,6 +1,6 @@
 """Commands that talk with a model: ask, chat, generate.
 
-Not here: how a request is served and shown (session.py), the demo (demo.py).
+Not here: how a request is served and shown (session.py), a server elsewhere (remote.py).
 """
 
 import sys
@@ -31,9 +31,10 @@ from overleap.cli.app import (
 )
 from overleap.cli.kept import Keeping, default_folder
 from overleap.cli.preflight import preflight
+from overleap.cli.remote import Remote, conversation
 from overleap.cli.room import Room, open_front
 from overleap.cli.session import open_session
-from overleap.errors import OverleapError, StateError
+from overleap.errors import OverleapError, RequestError, StateError
 
 AROUND_QUESTION = 16  # tokens of a prompt beside document and question, and one torn by the cut
 
@@ -107,11 +108,24 @@ def chat(
     cache_dir: CacheDir = None,
     cache_space: CacheSpace = CACHE_SPACE,
     verify: Verify = False,
+    url: Annotated[
+        str | None, typer.Option(help="Talk to this server instead, like http://127.0.0.1:8000.")
+    ] = None,
+    key: Annotated[
+        str, typer.Option(envvar="OVERLEAP_KEY", help="API key for it.", show_default=False)
+    ] = "",
 ) -> None:
     """Talk with a model. An empty line or end of input leaves, /new starts over.
 
     Example: `overleap chat --model ./my-checkpoint --temperature 0`
     """
+    if url is not None:
+        settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
+        settings |= _there(seed=seed, reasoning_effort=effort)
+        if thinking is not None:
+            settings["thinking"] = {"type": "enabled" if thinking else "disabled"}
+        conversation(Remote(url, key), _lines(), settings, _only_remote(context, model))
+        return
     from overleap.chat.dialects import render_chat
     from overleap.engine.request import Sampling
 
@@ -140,6 +154,26 @@ def chat(
             answer["reasoning_content"] = told.reply.reasoning
         messages = [*said, answer]
         session.close(told.finish.usage)
+
+
+def _there(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _only_remote(context: typer.Context, model: str) -> str | None:
+    """The model that was named. Raises RequestError for options of a model on this machine."""
+
+    def given(name: str) -> bool:
+        source = context.get_parameter_source(name)
+        return source is not None and source.name == "COMMANDLINE"
+
+    for name in ("tokens", "memory", "keep", "cache_dir", "cache_space", "verify"):
+        if given(name):
+            option = "context" if name == "tokens" else name.replace("_", "-")
+            raise RequestError(
+                f"--{option} is for a model on this machine, and --url names another"
+            )
+    return model if given("model") else None
 
 
 def _lines() -> Iterator[str]:

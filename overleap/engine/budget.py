@@ -10,7 +10,7 @@ from overleap.cache import layout
 from overleap.cache.layout import PAGE_TOKENS, CacheFormat
 from overleap.config import ModelConfig
 from overleap.errors import CapacityError
-from overleap.weights import Weights
+from overleap.plan.mapped import Weights
 
 CHUNKS = (512, 256, 128, 64)  # tokens of a step, the largest that fits is taken
 SNAPSHOT_BYTES = 256 * 2**20  # that an engine keeps of snapshots at most, if not told otherwise

@@ -1,13 +1,15 @@
 """How much of a prompt goes into a step beside answers, so that answers hardly notice.
 
-A step with answers and prompt tokens takes about `alone + tokens * each` seconds. Both are measured
-while it runs, and the prompt gets as many tokens as make the step STRETCH times as long as without.
-Not here: which prompt (scheduler.py). Seconds only; the tokens chosen do not depend on it.
+A step with answers and prompt tokens takes about `alone + tokens * each` seconds, and `each` is the
+less the more tokens share what a chunk costs anyway. So prompts move in one step of EVERY, in a
+chunk that makes those EVERY steps together STRETCH times as long as without; both numbers are
+measured while it runs. Not here: which prompt (scheduler.py). Seconds only; the tokens chosen do
+not depend on it.
 """
 
-STRETCH = 1.45  # clients see a step and its way to them: at most twice the undisturbed time
-LEAST = 16  # prompt tokens beside answers, however slow: a prompt always moves on
-PROBE = 16  # one step in so many takes answers only, to see what they take now
+STRETCH = 1.5  # the mean time between tokens of an answer, against that without a prompt
+EVERY = 4  # the slowest step then takes 1 + 4 * 0.5 = 3 times as long, the others as without
+LEAST = 16  # prompt tokens of a chunk, however slow: a prompt always moves on
 SMOOTH = 0.2  # weight of a new measurement
 
 
@@ -17,26 +19,25 @@ class Pace:
     def __init__(self) -> None:
         self._alone_s: float | None = None
         self._each_s: float | None = None
-        self._mixed = 0
+        self._since = 0  # steps with answers since the last that was to take a chunk
 
     def beside(self) -> int:
-        """Prompt tokens beside answers in the next step; 0 now and then."""
-        if self._alone_s is None or self._mixed >= PROBE:
+        """Tokens of long prompts beside answers in the next step, asked once for each."""
+        if self._since < EVERY - 1:
             return 0
-        if self._each_s is None:
+        self._since = 0
+        if self._alone_s is None or self._each_s is None:
             return LEAST
-        return max(LEAST, int((STRETCH - 1) * self._alone_s / self._each_s))
+        return max(LEAST, int(EVERY * (STRETCH - 1) * self._alone_s / self._each_s))
 
     def measure(self, answers: int, prompt_tokens: int, seconds: float) -> None:
         """A step took so long, for so many answers and so many tokens of prompts."""
         if not prompt_tokens:
+            self._since += 1
             self._alone_s = _blend(self._alone_s, seconds)
-            self._mixed = 0
             return
-        beside = self._alone_s or 0.0
         if answers:
-            self._mixed += 1
-            seconds -= beside
+            seconds -= self._alone_s or 0.0
         if seconds > 0 and prompt_tokens >= LEAST:
             self._each_s = _blend(self._each_s, seconds / prompt_tokens)
 

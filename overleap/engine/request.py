@@ -15,6 +15,7 @@ from typing import Protocol
 from overleap.cache.store import DiskStats
 from overleap.errors import OverleapError, RequestError
 
+_PENALTIES = ("frequency_penalty", "presence_penalty")
 SEED_LIMIT = 2**63  # a seed is a signed 64-bit number, as the APIs send it
 
 
@@ -32,6 +33,9 @@ class Sampling:
     max_tokens   tokens to choose at most, the stop token counted
     stop_ids     tokens that end the answer; None is the model's end of sequence, () is none
     prompt_logprobs  as logprobs, for the tokens of the prompt; all of it is then computed
+    frequency_penalty  taken off a token's logit for every time the answer has it already
+    presence_penalty   taken off once, if the answer has it at all; both from -2 to 2
+    logit_bias   (token, value) pairs: added to the token's logit, from -100 to 100
 
     Raises RequestError for values outside their range.
     """
@@ -45,9 +49,12 @@ class Sampling:
     max_tokens: int = 256
     stop_ids: tuple[int, ...] | None = None
     prompt_logprobs: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p"):
+        for name in ("temperature", "top_p", "min_p", *_PENALTIES):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise RequestError(f"{name} is {value!r}, expected a number")
@@ -76,6 +83,13 @@ class Sampling:
                 raise RequestError(f"{name} is {value}, it must be 0 or more")
         if self.max_tokens < 1:
             raise RequestError(f"max_tokens is {self.max_tokens}, it must be at least 1")
+        for name in _PENALTIES:
+            if not -2 <= getattr(self, name) <= 2:
+                raise RequestError(f"{name} is {getattr(self, name)}, it must be from -2 to 2")
+        _ids("logit_bias", [token for token, _ in self.logit_bias])
+        for token, value in self.logit_bias:
+            if not -100 <= value <= 100:
+                raise RequestError(f"logit_bias of {token} is {value}, it must be from -100 to 100")
         if self.stop_ids is not None:
             object.__setattr__(self, "stop_ids", _ids("stop_ids", self.stop_ids))
 
@@ -83,6 +97,11 @@ class Sampling:
     def greedy(self) -> bool:
         """True where no random number is drawn."""
         return self.temperature == 0
+
+    @property
+    def shifts(self) -> bool:
+        """True where logits are changed before a token is chosen by them."""
+        return bool(self.frequency_penalty or self.presence_penalty or self.logit_bias)
 
 
 class Walk(Protocol):
@@ -175,7 +194,11 @@ def check(request: Request, *, vocab_size: int, context_tokens: int) -> None:
     context_tokens  positions the model has (max_position_embeddings)
     """
     sampling = request.sampling
-    for name, ids in (("the prompt", request.prompt), ("stop_ids", sampling.stop_ids or ())):
+    for name, ids in (
+        ("the prompt", request.prompt),
+        ("stop_ids", sampling.stop_ids or ()),
+        ("logit_bias", [token for token, _ in sampling.logit_bias]),
+    ):
         largest = max(ids, default=0)
         if largest >= vocab_size:
             raise RequestError(

@@ -10,6 +10,8 @@ V vocabulary.
 
 import hashlib
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +24,15 @@ from overleap.kernels.spec import Choice, Ops
 
 @dataclass(frozen=True)
 class Draw:
-    """What a row of logits needs to become a token: `index` counts the tokens of the answer."""
+    """What a row of logits needs to become a token.
+
+    index  tokens of the answer before it; said: those tokens, where penalties ask for them
+    """
 
     sampling: Sampling
     seed: int
     index: int
+    said: Sequence[int] = ()
 
 
 def uniform(seed: int, index: int) -> float:
@@ -48,6 +54,19 @@ def sample(logits_V: Tensor, draw: Draw, ops: Ops, allowed: bytes | None = None)
     Raises BackendError for logits that are NaN, +inf or all forbidden.
     """
     sampling = draw.sampling
+    if sampling.shifts:
+        plain = Sampling(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+        )
+        where = Draw(plain, draw.seed, draw.index)
+        token = sample(shifted(logits_V, draw), where, ops, allowed)
+        # Log-probabilities stay those of the model's own distribution.
+        if sampling.logprobs is None:
+            return token
+        return score(logits_V, token.id, sampling.logprobs, ops)
     mask = None
     if allowed is not None:
         mask = torch.frombuffer(bytearray(allowed), dtype=torch.uint8)[None].to(logits_V.device)
@@ -61,6 +80,20 @@ def sample(logits_V: Tensor, draw: Draw, ops: Ops, allowed: bytes | None = None)
     own, *values = logprobs[0].tolist()
     top = zip(best, values, strict=True)
     return Token(chosen, own, tuple((token, value) for token, value in top if token >= 0))
+
+
+def shifted(logits_V: Tensor, draw: Draw) -> Tensor:
+    """f32 [V]: logits without the penalties of what was said, and with the bias of tokens."""
+    sampling = draw.sampling
+    if not sampling.shifts:
+        return logits_V
+    moved_V = logits_V.clone()
+    counts = Counter(draw.said)
+    for token, times in counts.items():
+        moved_V[token] -= sampling.presence_penalty + times * sampling.frequency_penalty
+    for token, value in sampling.logit_bias:
+        moved_V[token] += value
+    return moved_V
 
 
 def score(logits_V: Tensor, token: int, top: int, ops: Ops) -> Token:

@@ -146,8 +146,9 @@ class Scheduler:
             if place is Place.TAKEN:
                 self.waiting.remove(job)
                 self.running.append(job)
-                # Its slot and at least a token: equal flows take turns before either has run.
-                self._serve(job, 1)
+                # All that it has to read, at once: else a flow that is behind takes every place
+                # that is free before the first step tells what that costs.
+                self._serve(job, job.prompt_tokens - job.done)
             elif place is Place.LATER:
                 passed.add(job.id)
 
@@ -167,8 +168,7 @@ class Scheduler:
     def plan(self, beside: int | None = None) -> list[Part]:
         """The next step: a token for every decode, then chunks of prompts, shared by weight.
 
-        beside  tokens of long prompts that may go beside answers at most, 0: of no prompt; None:
-                all of the budget
+        beside  tokens of long prompts that may go beside answers at most; None: all of the budget
 
         Shares let a short prompt pass a long one: what the short ones leave over goes to the
         long ones. Running jobs never outnumber the budget, so each gets a token at least (long
@@ -185,8 +185,6 @@ class Scheduler:
         readers = [job for job in self.running if job.reading]
         budget = self.chunk_tokens - sum(part.count for part in parts)
         paced = budget if beside is None or not parts else min(budget, beside)
-        if paced == 0:
-            return parts
         readers.sort(key=lambda job: (job.prompt_tokens - job.done) / job.weight)
         weight = sum(job.weight for job in readers)
         for index, job in enumerate(readers):
@@ -210,8 +208,10 @@ class Scheduler:
     def commit(self, part: Part, refused: int = 0) -> None:
         """The part ran: its tokens are in the cache, but for the last `refused` proposals."""
         assert part.start == part.job.done and 0 <= refused <= part.drafted
+        reading = part.job.reading  # booked when it got its place
         part.job.done += part.count - refused
-        self._serve(part.job, part.count)
+        if not reading:
+            self._serve(part.job, part.count)
 
     def _serve(self, job: Job, tokens: int) -> None:
         self._clocks[job.flow] += tokens / job.weight
@@ -221,6 +221,7 @@ class Scheduler:
     def remove(self, job: Job) -> None:
         """Forget a job, waiting or running: it is finished or aborted."""
         if job in self.running:
+            self._clocks[job.flow] -= max(0, job.prompt_tokens - job.done) / job.weight
             self.running.remove(job)
         else:
             self.waiting.remove(job)

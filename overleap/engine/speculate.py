@@ -107,12 +107,14 @@ class Speculator:
         """
         job, sampling, seed = run.job, run.handle.request.sampling, run.handle.seed
         drafts = run.draft.tokens[: part.drafted]
+        said = run.ids[job.prompt_tokens :] if sampling.shifts else []
 
         def draw(logits_V: Tensor, index: int) -> Token:
             # Rows are drawn in order, and each drawn token is kept: the walk never goes back.
             allowed = None if run.walk is None else run.walk.allowed()
-            where = Draw(sampling, seed, job.generated + index)
+            where = Draw(sampling, seed, job.generated + index, said)
             token = sample(logits_V, where, self._model.ops, allowed)
+            said.append(token.id)
             if run.walk is not None and token.id not in run.stop_ids:
                 run.walk.accept(token.id)
             return token

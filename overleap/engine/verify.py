@@ -13,7 +13,7 @@ from torch import Tensor
 from overleap.cache.layout import CacheFormat, pages_for
 from overleap.cache.state import Cache
 from overleap.engine.request import Completion, FinishReason, Request
-from overleap.engine.sampler import Draw, choice_of, sample, uniform
+from overleap.engine.sampler import Draw, choice_of, sample, shifted, uniform
 from overleap.errors import StateError
 from overleap.kernels.torch.sample import candidates
 from overleap.model.transformer import Batch, Transformer
@@ -83,13 +83,13 @@ def differences(
             wanted = end - start if start >= first else 0
             rows = model(Batch.of([(sequence, ids[start:end])], cache, [wanted]), cache).logits
             for index, logits_V in enumerate(rows, start - first):
-                draw = Draw(request.sampling, completion.finish.seed, index)
+                draw = Draw(request.sampling, completion.finish.seed, index, given[:index])
                 allowed = None if walk is None else walk.allowed()
                 if walk is not None and index < len(completion.ids):
                     walk.accept(given[index])
                 expected = sample(logits_V, draw, model.ops, allowed).id
                 if expected != given[index]:
-                    gap = _gap(logits_V, draw, given[index])
+                    gap = _gap(shifted(logits_V, draw), draw, given[index])
                     found.append(Difference(index, given[index], expected, gap))
             if progress is not None:
                 progress(end, len(ids))

@@ -2,7 +2,7 @@
 
 Too small to know anything, large enough that its weights do not fit a core's caches. The same
 values in two storage forms, so that other programs can be given them too (peers/).
-Not for training (train/mini.py). Read next: random_model.py (in memory), checkpoint/convert.py.
+Not for training (train/recipes.py). Read next: random_model.py (in memory), checkpoint/convert.py.
 """
 
 import tempfile

@@ -1,7 +1,7 @@
 """Planted facts: sentences hidden in a long text, the questions about them, and the score.
 
-Not a model runner: the caller asks the questions. The training room builds its samples from the
-same sentences. Read next: train/data.py (samples), bundled/mini/MODEL_CARD.md (what it can do).
+Not a model runner: the caller asks the questions. The training room builds its rows from the same
+sentences. Read next: tasks.py, train/data.py, bundled/mini/MODEL_CARD.md (what it can do).
 """
 
 import random

@@ -65,6 +65,7 @@ class Run:
     allocated_bytes: int | None
     base_bytes: int | None
     peak_bytes: int | None
+    commit: str = ""
 
     @property
     def step(self) -> Features:
@@ -195,6 +196,7 @@ def _runs(raw: dict[str, Any], bundled: ModelConfig) -> Iterator[Run]:
             settings["chunk_tokens"], settings["decode_steps"], depth, depth - last,
             (depth - last) / rate, 1 / row["decode_tokens_per_s"], row["cache_bytes"],
             row.get("allocated_bytes"), row.get("base_bytes"), row.get("peak_process_bytes"),
+            raw.get("commit") or "",
         )  # fmt: skip
 
 
@@ -211,11 +213,19 @@ def rates(runs: Sequence[Run], reading: bool = False) -> Rates | None:
     return Rates(each, len(rows), statistics.median(off))
 
 
-def relevant(config: ModelConfig, runs: Sequence[Run], where: Where) -> tuple[list[Run], bool]:
-    """The runs that say something of this model here: its own, or else everybody's; which."""
+def relevant(
+    config: ModelConfig, runs: Sequence[Run], where: Where, commit: str = ""
+) -> tuple[list[Run], bool]:
+    """The runs that say something of this model here: its own, or else everybody's; which.
+
+    commit  of the code whose speed is asked for: where it has runs, those of other code do not
+            count; "" is that of the newest run
+    """
     near = [run for run in runs if run.where == where and run.form is CacheFormat.RELEASE]
     own = [run for run in near if run.config == config]
-    return (own, True) if own else (near, False)
+    found = own or near
+    wanted = commit or (found[-1].commit if found else "")
+    return [run for run in found if run.commit == wanted] or found, bool(own)
 
 
 def reserve(runs: Sequence[Run]) -> int | None:
@@ -263,7 +273,7 @@ def check(runs: Sequence[Run]) -> list[Checked]:
     found = []
     for run in runs:
         others = [other for other in runs if other.date != run.date]
-        near, own = relevant(run.config, others, run.where)
+        near, own = relevant(run.config, others, run.where, run.commit)
         step, read = rates(near), rates(near, reading=True)
         rest = reserve([other for other in others if other.where.cpu == run.where.cpu])
         found.append(

@@ -13,7 +13,7 @@ from overleap.cache import layout
 from overleap.cache.layout import CacheFormat
 from overleap.config import ModelConfig
 from overleap.plan.chips import Chip
-from overleap.plan.weights import Part, Precision, Role, matrices
+from overleap.plan.weights import Part, Precision, Role, expert_bytes, matrices
 
 CHUNKS = (512, 256, 128, 64)  # tokens of a step, the largest that fits
 SNAPSHOTS_BYTES = 256 * 2**20  # of snapshots, for all users
@@ -134,13 +134,6 @@ def _cache_sizes(config: ModelConfig, form: CacheFormat) -> tuple[int, int, int]
     """Of a slot, a page and a snapshot."""
     slot = layout.slot_bytes(config, form).total
     return slot, layout.page_bytes(config, form), layout.snapshot_bytes(config, form)
-
-
-@cache
-def expert_bytes(config: ModelConfig, precision: Precision) -> int:
-    """Of one routed expert."""
-    blocks = len(config.all_kinds)
-    return weights_of(config, precision).experts // (blocks * config.n_routed_experts)
 
 
 def splits(config: ModelConfig, count: int) -> list[Split]:

@@ -7,6 +7,7 @@ against the checkpoint's own table of tensors by the tests. No torch.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 
 from overleap.config import RATIO_OF_KIND, LayerKind, ModelConfig
 
@@ -131,6 +132,13 @@ def weight_bytes(
         for each in _matrices(config)
         if experts is None or experts == (each.part is Part.EXPERTS)
     )
+
+
+@cache
+def expert_bytes(config: ModelConfig, precision: Precision = Precision.RELEASE) -> int:
+    """Bytes of one routed expert: 12.75 MiB for V4-Flash as it was released."""
+    blocks = len(config.all_kinds)
+    return weight_bytes(config, precision, experts=True) // (blocks * config.n_routed_experts)
 
 
 def _matrices(c: ModelConfig) -> Iterator[Matrix]:

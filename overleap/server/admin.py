@@ -70,7 +70,7 @@ def routes(service: Service) -> Iterable[tuple[Any, ...]]:
 
 
 async def _status(service: Service, customer: Customer) -> dict[str, Any]:
-    """What the page shows about server and key: load, cache, prices, what is left."""
+    """What the page shows about server and key: load, cache, plan, prices, what is left."""
     stats = await service.bridge.ask(lambda engine: engine.stats())
     standing = await asyncio.to_thread(service.reports.standing, customer)
     tier = customer.tier
@@ -92,6 +92,9 @@ async def _status(service: Service, customer: Customer) -> dict[str, Any]:
         "tokens_today": standing.tokens_today,
         "tokens_this_month": standing.tokens_this_month,
         "requests_this_minute": standing.requests_this_minute,
+        "capacity": service.capacity.of(stats),
+        # What a request costs is for who runs the machine; others see their prices.
+        "cost": service.capacity.cost(stats) if tier.admin else None,
     }
 
 

@@ -18,12 +18,15 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
-from overleap.engine.request import Event, Finish, Handle, Progress, Request, Stats
+from overleap.engine.request import Event, Finish, Handle, Progress, Request, Stats, Token
 from overleap.server.refusals import overloaded
 
 log = logging.getLogger("overleap.server")
 
 SMOOTH = 0.1  # weight of the latest request in what one takes
+# And in how much later than expected a first token comes: upwards as above, downwards slowly, so
+# that about nineteen of twenty come within what is told.
+SMOOTH_DOWN = 0.005
 
 
 class Steps(Protocol):
@@ -42,11 +45,13 @@ class Generation:
     read    prompt tokens read so far; cached: of those, found and not computed
     began   when it left the queue, None before
     finish  its last event, once it is there
+    expected_s  for its first token, as it was foreseen; None once that has come
     """
 
     request: Request
     bridge: "Bridge"
     handle: Handle | None = None
+    expected_s: float | None = None
     submitted: float = field(default_factory=time.monotonic)
     began: float | None = None
     read: int = 0
@@ -117,6 +122,7 @@ class Bridge:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._each_s: float | None = None  # seconds in the engine of a request, lately
         self._rate: float | None = None  # prompt tokens read a second, lately
+        self._late_s = 0.0  # how much later than expected first tokens come at most, as a rule
         self._delivered, self._unread_before = 0.0, 0
         self.stopping = False
         self.failures = 0
@@ -165,7 +171,7 @@ class Bridge:
         """Raise Refusal (503) where the queue is full or the wait too long."""
         if self.stopping:
             raise overloaded("the server is about to stop", 5)
-        expected = self.expected_wait_s(prompt_tokens)
+        expected = self.expected_wait_s(prompt_tokens) + self._late_s
         busy = len(self._live) >= self._slots
         if busy and self.waiting + requests > self._queue:
             raise overloaded(f"{self.waiting} requests are waiting already", expected)
@@ -182,7 +188,8 @@ class Bridge:
     async def submit(self, request: Request) -> Generation:
         """Hand a request to the engine. Raises what `Engine.submit` raises."""
         assert self._loop is not None
-        loop, generation = self._loop, Generation(request, self)
+        expected_s = self.expected_wait_s(len(request.prompt))
+        loop, generation = self._loop, Generation(request, self, expected_s=expected_s)
         answer: asyncio.Future[Handle] = loop.create_future()
 
         def command() -> None:
@@ -297,6 +304,11 @@ class Bridge:
         now, unread = time.monotonic(), self._unread
         for generation, events in news:
             generation.take(events)
+            if generation.expected_s is not None and any(isinstance(e, Token) for e in events):
+                late_s = now - generation.submitted - generation.expected_s
+                weight = SMOOTH if late_s > self._late_s else SMOOTH_DOWN
+                self._late_s = max(0.0, self._late_s + weight * (late_s - self._late_s))
+                generation.expected_s = None
             if generation.finish is not None:
                 self._live.pop(generation.request.id, None)
                 self._learn(generation)

@@ -56,6 +56,8 @@ class Asked:
 async def complete(http: HttpRequest, raw: bytes, customer: Customer, service: Service) -> Response:
     """Answer a request. Raises Refusal and what refusals.py makes one of."""
     arrived = time.monotonic()
+    # Once without its tokens: what will be refused in any case is not tokenised first.
+    service.bridge.admit(0, 1, service.settings.wait_s)
     asked = await asyncio.to_thread(_asked, service.turns, raw, customer)
     requests = asked.requests
     if asked.wanted is not None:

@@ -29,6 +29,8 @@ async def converse(
 ) -> Response:
     """Answer a request of a chat API. Raises Refusal and what refusals.py makes one of."""
     arrived = time.monotonic()
+    # Once without its tokens: what will be refused in any case is not tokenised first.
+    service.bridge.admit(0, 1, service.settings.wait_s)
     turn = await service.turns.prepare(api, raw, customer)
     admission = Admission(id=turn.id, customer=customer, dialect=api, arrived=arrived)
     running = await service.begin(
@@ -88,6 +90,7 @@ class _Talk:
             Writer(turn, model.tokenizer, model.fingerprint, index) for index in range(turn.n)
         ]
         self._begun = False
+        self._number = 0  # of the next event of Responses
 
     def alive(self) -> bytes:
         """What a stream says when there is nothing to say."""
@@ -199,6 +202,7 @@ class _Talk:
         return self._bare() | {"prompt_progress": told}
 
     def _frame(self, chunk: Mapping[str, Any]) -> bytes:
+        self._number = chunk.get("sequence_number", 0) + 1
         return sse.frame(chunk, None if self._turn.api == "chat" else str(chunk["type"]))
 
     def _failure(self, refusal: Refusal) -> bytes:
@@ -207,7 +211,7 @@ class _Talk:
             # Clients of this API wait for a response object, whatever happened.
             body = {
                 "type": "response.failed",
-                "sequence_number": 0,
+                "sequence_number": self._number,
                 "response": {
                     "id": self._turn.id,
                     "object": "response",

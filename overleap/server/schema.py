@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 MAX_MESSAGES, MAX_TOOLS, MAX_STOPS, MAX_N, MAX_PROMPTS = 10_000, 256, 16, 16, 64
-MAX_TOP_LOGPROBS = 20
+MAX_TOP_LOGPROBS, MAX_BIASED = 20, 1024
 MAX_TOKENS = 2**24  # of any count of tokens: above every context
 MAX_SCHEMA_BYTES = 64 * 2**10
 SEED_LIMIT = 2**63
@@ -23,6 +23,9 @@ Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 User = Annotated[str, Field(max_length=512)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+BiasedId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(max_length=32 * 2**20)]
 Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
@@ -54,9 +57,9 @@ class Sampled(Body):
     stop: Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[BiasedId, Bias], Field(max_length=MAX_BIASED)] | None = None
     user: User | None = None
     return_progress: bool | None = None
     return_choices: bool | None = None

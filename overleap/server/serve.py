@@ -5,14 +5,16 @@ Not here: which parts (cli/serve.py). Read next: app.py, wire.py.
 
 import asyncio
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 from overleap.errors import CapacityError, ConfigError
 from overleap.server import app, wire
 from overleap.server.auth import LOCAL_ID, Auth, list_keys
 from overleap.server.bridge import Bridge, Steps
+from overleap.server.capacity import Capacity
 from overleap.server.costs import CostModel
 from overleap.server.database import Database
 from overleap.server.isolation import Isolation
@@ -35,6 +37,7 @@ class Parts:
     slots        requests that it serves at once
     needs_keys   requests without a key are refused on this machine too
     public       beginnings of prompts, as token ids, whose cache all keys share
+    plan         what the planner says of the model in this process's memory
     """
 
     settings: Settings
@@ -46,6 +49,7 @@ class Parts:
     costs: CostModel | None = None
     needs_keys: bool = False
     public: Sequence[Sequence[int]] = ()
+    plan: Mapping[str, Any] | None = None
 
 
 def assemble(parts: Parts) -> Service:
@@ -72,6 +76,7 @@ def assemble(parts: Parts) -> Service:
         reports=Reports(parts.database, parts.tiers),
         isolation=isolation,
         metrics=Metrics(),
+        capacity=Capacity(parts.model.context_tokens, parts.slots, parts.plan, parts.costs),
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from overleap.engine.request import Request
 from overleap.server.auth import Auth
 from overleap.server.bridge import Bridge
+from overleap.server.capacity import Capacity
 from overleap.server.isolation import Isolation
 from overleap.server.ledger import Ledger
 from overleap.server.metrics import Metrics
@@ -30,6 +31,7 @@ class Service:
     reports: Reports
     isolation: Isolation
     metrics: Metrics
+    capacity: Capacity
     everyone: Everyone = field(default_factory=Everyone)
 
     async def begin(self, requests: Sequence[Request], admission: Admission) -> Running:

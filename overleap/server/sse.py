@@ -99,8 +99,10 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for data in self._frames:
             message = {"type": "http.response.body", "body": data, "more_body": True}
-            # uvicorn waits here while the client does not read.
-            await asyncio.wait_for(send(message), self._slow_reader_s)
+            # uvicorn waits here while the client does not read. Not `wait_for`: on Python 3.11 it
+            # loses a cancel that comes as `send` ends, and an answer went on without its reader.
+            async with asyncio.timeout(self._slow_reader_s):
+                await send(message)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -39,7 +39,10 @@ _BODIES: dict[Api, type[Body]] = {
 }
 _PREFIXES = {"chat": "chatcmpl-", "responses": "resp_", "messages": "msg_"}
 # The library answers these itself, or in a way that clients do not expect.
-_OWN = ("n", "seed", "logprobs", "top_logprobs", "max_completion_tokens", "temperature", "top_p")
+_OWN = (
+    "n", "seed", "logprobs", "top_logprobs", "max_completion_tokens", "temperature", "top_p",
+    "frequency_penalty", "presence_penalty", "logit_bias",
+)  # fmt: skip
 _LIBRARY_TOKENS = 393_216  # its own bound on a request's max_tokens
 
 
@@ -255,6 +258,9 @@ def sampling_of(value: Mapping[str, Any], max_tokens: int) -> Sampling:
         seed=seed,
         logprobs=logprobs,
         max_tokens=max_tokens,
+        frequency_penalty=float(given("frequency_penalty", 0.0)),
+        presence_penalty=float(given("presence_penalty", 0.0)),
+        logit_bias=tuple((int(token), value) for token, value in given("logit_bias", {}).items()),
     )
 
 

@@ -5,12 +5,15 @@ Not here: routes (app.py). Read next: settings.py, which has the numbers.
 
 import asyncio
 import logging
-from types import FrameType
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import HANDLED_SIGNALS
 
 from overleap.server.service import Service
 from overleap.server.settings import Settings
@@ -74,7 +77,8 @@ def protocol_of(settings: Settings) -> type[H11Protocol]:
 class Server(uvicorn.Server):
     """Drains when told to stop: no new work, running answers get their time, then an error event.
 
-    A second signal cuts the time short.
+    A second signal cuts the time short. Stopped by a signal, `serve` returns: uvicorn's raises the
+    signal anew, so that a server that had ended every answer properly would end as a killed one.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
@@ -82,10 +86,25 @@ class Server(uvicorn.Server):
         self._service = service
         self._hurry = asyncio.Event()
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Have the loop told of signals, and woken by them, while this serves."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        for number in HANDLED_SIGNALS:
+            loop.add_signal_handler(number, self._told)
+        try:
+            yield
+        finally:
+            for number in HANDLED_SIGNALS:
+                loop.remove_signal_handler(number)
+
+    def _told(self) -> None:
         if self.should_exit:
             self._hurry.set()
-        super().handle_exit(sig, frame)
+        self.should_exit = True
 
     async def shutdown(self, sockets: Any = None) -> None:
         await drain(self._service, self._hurry)

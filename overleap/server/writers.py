@@ -28,6 +28,8 @@ _ANSWERS = {
     "messages": recipe.MessagesResponse,
 }
 Chunk = dict[str, Any]
+# Of Messages: what is not counted here, since it is not offered.
+_NO_USAGE = {"cache_creation": None, "inference_geo": None, "server_tool_use": None}
 
 
 @dataclass(eq=False)
@@ -117,8 +119,10 @@ class Writer:
         if self.turn.api == "chat":
             choice = found["choices"][0]
             choice["index"] = self.index
+            choice["message"]["refusal"] = None
             if self.turn.sampling.logprobs is not None:
                 choice["logprobs"] = self._said.logprobs
+        self._fill(found)
         return found
 
     def said(self) -> Said:
@@ -143,8 +147,25 @@ class Writer:
             self._said.note(self.turn.api, chunk)
             if self.turn.api == "chat":
                 self._dress(chunk)
+            self._fill(chunk)
             chunks.append(chunk)
         return chunks
+
+    def _fill(self, found: Chunk) -> None:
+        """Put in what an API's description demands, and the library leaves out or empty."""
+        response = found.get("response", found)
+        if self.turn.api == "responses" and response.get("object") == "response":
+            response["text"]["verbosity"] = response["text"]["verbosity"] or "medium"
+        if self.turn.api == "messages":
+            message = found.get("message", found)
+            if message["type"] == "message":
+                message |= {"container": None, "stop_details": None}
+                message["usage"] |= _NO_USAGE
+            for block in (*message.get("content", ()), found.get("content_block", {})):
+                if block.get("type") == "text":
+                    block["citations"] = None
+                elif block.get("type") == "tool_use":
+                    block["caller"] = {"type": "direct"}
 
     def _dress(self, chunk: Chunk) -> None:
         """What a chunk of Chat Completions says beyond the library's."""
@@ -194,6 +215,7 @@ class Writer:
                 "input_tokens": usage.cache_miss_tokens,
                 "cache_read_input_tokens": usage.cache_hit_tokens,
                 "output_tokens": usage.output_tokens,
+                "output_tokens_details": {"thinking_tokens": self.reasoning_tokens},
             }
 
 

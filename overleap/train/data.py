@@ -1,184 +1,326 @@
-"""Text, tokenizer and samples for the bundled model: standard library sources with planted facts.
+"""Rows of tokens for a step: text from shards, planted tasks in text, conversations.
 
-Not a general data loader: one corpus that every Python installation carries. Read next:
-eval/needle.py (the facts), train/mini.py (how long and how dense the samples are).
+Everything follows from the recipe's seed and from the number of the row, so that a run resumes in
+the middle of anything without keeping more than its step. Read next: shards.py, eval/tasks.py.
 """
 
 import json
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+import numpy as np
 
-from overleap.chat.tokenizer import ASSISTANT, BOS, END_THINK, EOS, PAD, SPECIAL_TOKENS, USER
-from overleap.errors import TrainingError
-from overleap.eval.needle import ATTRIBUTES, ENTITIES, VALUES, Fact, draw_facts, stdlib_sources
+from overleap.chat.dialects import render_chat
+from overleap.chat.profiles import Profile
+from overleap.chat.tokenizer import ASSISTANT, END_THINK, USER, Tokenizer
+from overleap.errors import DialectError, TrainingError
+from overleap.eval.needle import ATTRIBUTES, ENTITIES, VALUES
+from overleap.eval.tasks import Kind, Task, draw_tasks
+from overleap.train.shards import BOS_ID, EOS_ID, PAD_ID, PAGE, Shard
 
-VOCABULARY = 4096
-HELD_OUT_EVERY = 16  # one source file in sixteen is never trained on
-
-
-def corpus() -> tuple[list[str], list[str]]:
-    """Source files of the standard library: (for training, held out), both in path order."""
-    texts = list(stdlib_sources().values())
-    held_out = texts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-    training = [text for i, text in enumerate(texts) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
-    if not training or not held_out:
-        raise TrainingError(f"the standard library holds {len(texts)} source files, too few")
-    return training, held_out
+TRIES = 8  # passages that come out too long, before a row is given up
 
 
-def train_tokenizer(texts: list[str], path: Path) -> Tokenizer:
-    """Train the byte-level BPE tokenizer of 4096 tokens and write tokenizer.json.
+@dataclass(frozen=True)
+class Row:
+    """One row of a step: documents in whole pages, one after another.
 
-    The merges come from the texts; the last thousand make every word of the facts one token.
+    ids      token ids, as many as the stage's length
+    counts   lengths of the documents, multiples of 128
+    learn    for every position, whether its next token is learned
+    answers  positions whose next token is a word of an answer
+    gold     for each of them, where the same word stands in the document, or -1
     """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    raw = json.loads(tokenizer.to_str())
-    learned = [tuple(pair) for pair in raw["model"]["merges"]]
-    fixed = len(SPECIAL_TOKENS) + len(pre_tokenizers.ByteLevel.alphabet())
-    # Fewer learned merges leave room for the words: bisect for the most that fit.
-    low, high = 0, len(learned)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if fixed + len(_with_words(learned[:middle])) <= VOCABULARY:
-            low = middle
-        else:
-            high = middle - 1
-    merges = _with_words(learned[:low])
-    names = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    names += ["".join(pair) for pair in merges]
-    names += [f"<｜place▁holder▁no▁{i}｜>" for i in range(VOCABULARY - len(names))]
-    if len(set(names)) != VOCABULARY:
-        raise TrainingError(f"{len(set(names))} different tokens were made, {VOCABULARY} expected")
-    raw["model"]["vocab"] = {name: i for i, name in enumerate(names)}
-    raw["model"]["merges"] = [list(pair) for pair in merges]
-    for token in raw["added_tokens"]:  # as released: only these three vanish from decoded text
-        token["special"] = token["content"] in (BOS, EOS, PAD)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(raw, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    return Tokenizer.from_file(str(path))
+
+    ids: list[int]
+    counts: list[int]
+    learn: list[bool]
+    answers: list[int]
+    gold: list[int]
 
 
 def fact_words() -> list[str]:
     """Every word of the facts and questions, with the space that stands before it."""
     values = sorted({value for row in VALUES.values() for value in row})
-    return ["What", "The", *(f" {word}" for word in (*ATTRIBUTES, *ENTITIES, *values))]
-
-
-def _with_words(merges: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The merges, then those that join the pieces of each fact word from left to right."""
-    out = list(merges)
-    ranks = {pair: i for i, pair in enumerate(out)}
-    for word in fact_words():
-        pieces = list(word.replace(" ", "Ġ"))  # how byte-level BPE writes a space
-        while len(pieces) > 1:
-            pairs = list(pairwise(pieces))
-            pair = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
-            if pair not in ranks:
-                ranks[pair] = len(ranks)
-                out.append(pair)
-            at = pairs.index(pair)
-            pieces[at : at + 2] = ["".join(pair)]
-    return out
+    return ["What", "The", "One", *(f" {word}" for word in (*ATTRIBUTES, *ENTITIES, *values))]
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One document with facts and the conversation about it, as token ids.
+class Text:
+    """A window of a shard, each of them once an epoch, in an order drawn by the seed."""
 
-    ids      the whole conversation, BOS to the last EOS
-    answers  positions whose next token is a value: the model is asked there
-    gold     for each answer, the position of the same value in the document
+    share: float = 1.0
+
+    def row(self, shard: Shard, number: int, length: int, seed: str) -> Row:
+        """The `number`-th window of `length` tokens."""
+        windows = len(shard.tokens) // length
+        if not windows:
+            raise TrainingError(
+                f"{shard.folder} has {len(shard.tokens)} tokens, a row takes {length}",
+                "more text, or shorter stages",
+            )
+        epoch, place = divmod(number, windows)
+        at = int(_order(f"{seed}/{length}/{epoch}", windows)[place]) * length
+        ids, counts = shard.window(at, length)
+        return Row(ids, counts, _learnable(ids, counts), [], [])
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Planted tasks in text of a shard, and one question turn for each that is asked.
+
+    planted, asked  tasks in a row; share, size as for draw_tasks (share: drawn from the range)
     """
 
-    ids: list[int]
-    answers: list[int]
-    gold: list[int]
+    share: float = 1.0
+    kind: Kind = "fact"
+    planted: int = 12
+    asked: int = 12
+    alike: tuple[float, float] = (0.3, 1.0)
+    size: int = 2
 
 
-class Sampler:
-    """Draws samples. Everything follows from the seed and from the order of the calls."""
+@dataclass(frozen=True)
+class Chat:
+    """Conversations of a JSONL file (`messages`, `tools`), loss on what the assistant says."""
 
-    def __init__(self, tokenizer: Tokenizer, texts: list[str], seed: int) -> None:
-        self._tokenizer = tokenizer
-        self._lines = [text.splitlines(keepends=True) for text in texts]
-        self._weights = [sum(map(len, lines)) for lines in self._lines]
-        self._rng = random.Random(seed)
-        self._think_end = tokenizer.token_to_id(END_THINK)
+    path: str = ""
+    share: float = 1.0
 
-    def reseed(self, seed: int) -> None:
-        """Start another reproducible series."""
-        self._rng = random.Random(seed)
 
-    def draw(
-        self, length: int, facts: int, turns: int, share: tuple[float, float] = (0.3, 1.0)
-    ) -> Sample:
-        """A sample of at most `length` tokens (nearly that): `facts` facts, `turns` questions.
+Source = Text | Tasks | Chat
 
-        Raises TrainingError when the facts and questions alone do not fit.
+
+class Rows:
+    """Draws rows of a mixture.
+
+    shard  text for rows and passages; profile says how conversations are written
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, shard: Shard | None, seed: int, profile: Profile
+    ) -> None:
+        self.tokenizer, self.shard, self.seed, self.profile = tokenizer, shard, seed, profile
+        self._user, self._assistant, self._said = (
+            tokenizer.id_of(token) for token in (USER, ASSISTANT, END_THINK)
+        )
+
+    def row(self, mixture: tuple[Source, ...], stage: int, number: int, length: int) -> Row:
+        """Row `number` of a stage: each source has its share of the rows, evenly spread.
+
+        Raises TrainingError where a row cannot be made.
         """
-        turns = min(turns, facts)
-        room = length - 9 * facts - 12 * turns - 4
+        source, turn = _turn(mixture, number)
+        seed = f"{self.seed}/{stage}/{mixture.index(source)}"
+        if isinstance(source, Text):
+            return source.row(self._text(), turn, length, seed)
+        if isinstance(source, Chat):
+            return self._chat(source, turn, length, seed)
+        return self._tasks(source, random.Random(f"{seed}/{turn}"), length)
+
+    def _text(self) -> Shard:
+        if self.shard is None:
+            raise TrainingError("this mixture takes text, the run has no token folder")
+        return self.shard
+
+    def _tasks(self, source: Tasks, rng: random.Random, length: int) -> Row:
+        tasks = draw_tasks(
+            source.planted,
+            rng,
+            kind=source.kind,
+            share=rng.uniform(*source.alike),
+            size=source.size,
+        )
+        asked = rng.sample(tasks, min(source.asked, len(tasks)))
+        room = length - 4 - 14 * sum(len(task.sentences) for task in tasks) - 14 * len(asked)
         if room < 0:
             raise TrainingError(
-                f"{facts} facts and {turns} questions need more than {length} tokens"
+                f"{len(tasks)} tasks and {len(asked)} questions need more than {length} tokens"
             )
-        planted = draw_facts(facts, self._rng, share=self._rng.uniform(*share))
-        characters = int(room * 3.1)
-        for _ in range(8):
-            sample = self._build(self._passage(characters), planted, turns)
-            if len(sample.ids) <= length:
-                return sample
-            characters = int(characters * 0.9 * length / len(sample.ids))
-        raise TrainingError(f"no passage fits in {length} tokens with {facts} facts")
+        for _ in range(TRIES):
+            ids, answers, gold = self._woven(self._passage(rng, room), tasks, asked, rng)
+            if len(ids) <= length:
+                learn = _learnable(ids, [len(ids)])
+                for at in answers:
+                    learn[at] = False
+                return _padded(ids, learn, answers, gold, length)
+            room -= len(ids) - length + 8
+        raise TrainingError(f"no passage fits in {length} tokens with {len(tasks)} tasks")
 
-    def _passage(self, characters: int) -> list[str]:
-        """Consecutive lines of about this many characters, from as many files as needed."""
-        out: list[str] = []
-        while characters > 0:
-            lines = self._rng.choices(self._lines, self._weights)[0]
-            for line in lines[self._rng.randrange(len(lines)) :]:
-                if len(line) > characters:
-                    return out
-                out.append(line)
-                characters -= len(line)
-        return out
+    def _passage(self, rng: random.Random, tokens: int) -> list[str]:
+        """Lines of about this many tokens, from one place of the shard."""
+        shard = self._text()
+        if tokens <= 0 or len(shard.tokens) <= tokens:
+            at, tokens = 0, max(min(tokens, len(shard.tokens)), 0)
+        else:
+            at = rng.randrange(len(shard.tokens) - tokens)
+        text = self.tokenizer.decode(shard.tokens[at : at + tokens].tolist())
+        return text.splitlines(keepends=True)
 
-    def _build(self, passage: list[str], planted: list[Fact], turns: int) -> Sample:
-        rng = self._rng
-        places = sorted(rng.randrange(len(passage) + 1) for _ in planted)
-        pieces: list[str] = [BOS, USER]
-        start = 0
-        written = len(BOS) + len(USER)
-        value_at: dict[Fact, int] = {}  # character where the value begins
-        for place, fact in zip(places, planted, strict=True):
-            pieces.extend(passage[start:place])
-            written += sum(map(len, passage[start:place]))
-            value_at[fact] = written + len(fact.sentence) - len(fact.value) - 2
-            pieces.append(f"{fact.sentence}\n")
-            written += len(fact.sentence) + 1
-            start = place
-        pieces.extend(passage[start:])
-        text = "".join(pieces).rstrip() + "\n\n"
-        asked = rng.sample(planted, turns)
-        # The document is part of the first user message; each later question is its own.
-        text += USER.join(
-            f"{fact.question}{ASSISTANT}{END_THINK} {fact.value}{EOS}" for fact in asked
-        )
-        encoding = self._tokenizer.encode(text)
-        token_at = {span[0]: i for i, span in enumerate(encoding.offsets)}
-        answers = [i for i, token in enumerate(encoding.ids) if token == self._think_end]
-        gold = [token_at[value_at[fact]] for fact in asked]
-        return Sample(encoding.ids, answers, gold)
+    def _woven(
+        self, lines: list[str], tasks: list[Task], asked: list[Task], rng: random.Random
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Token ids, positions asked, positions of their words in the text."""
+        sentences = [(t, i) for t in tasks for i in range(len(t.sentences))]
+        places = sorted(rng.randrange(len(lines) + 1) for _ in sentences)
+        # Sentences of one task keep their order, wherever they come to stand.
+        order = list(range(len(sentences)))
+        rng.shuffle(order)
+        waiting = {id(t): iter(range(len(t.sentences))) for t in tasks}
+        ids, held = [BOS_ID, self._user], dict[tuple[int, int], int]()
+        text, start = "", 0
+        for place, pick in zip(places, order, strict=True):
+            task = sentences[pick][0]
+            number = next(waiting[id(task)])
+            sentence = task.sentences[number]
+            cut = sentence.rindex(" ")
+            text += "".join(lines[start:place])
+            if text and not text.endswith("\n"):
+                text += "\n"
+            # Cut before a space: a boundary that every tokenizer of this family keeps.
+            ids += self.tokenizer.encode(text + sentence[:cut])
+            held[id(task), number] = len(ids)
+            ids += self.tokenizer.encode(sentence[cut:-1])
+            text, start = ".\n", place
+        text += "".join(lines[start:])
+        ids += self.tokenizer.encode(text.rstrip() + "\n\n")
+        answers, gold = [], []
+        for turn, task in enumerate(asked):
+            ids += [self._user] * (turn > 0) + self.tokenizer.encode(task.question)
+            ids += [self._assistant, self._said]
+            for word, sentence_number in zip(task.answer, task.holds, strict=True):
+                pieces = self.tokenizer.encode(f" {word}")
+                at = held.get((id(task), sentence_number), -1)
+                for place in range(len(pieces)):
+                    answers.append(len(ids) - 1 + place)
+                    gold.append(at + place if at >= 0 else -1)
+                ids += pieces
+            ids.append(EOS_ID)
+        return ids, answers, gold
+
+    def _chat(self, source: Chat, number: int, length: int, seed: str) -> Row:
+        """As many conversations as fit, in whole pages, from the place that `number` means."""
+        talks = _conversations(source.path)
+        ids: list[int] = []
+        learn: list[bool] = []
+        counts: list[int] = []
+        # A row begins where the row before it would have ended if all talks were of mean length.
+        taken = 0
+        while len(ids) < length and taken < len(talks):
+            epoch, place = divmod(number * max(1, length // 512) + taken, len(talks))
+            talk = talks[int(_order(f"{seed}/{epoch}", len(talks))[place])]
+            taken += 1
+            spoken, wanted = self.spoken(talk)
+            size = -(-len(spoken) // PAGE) * PAGE
+            if size > length - len(ids):
+                if ids:
+                    break
+                spoken, wanted, size = spoken[:length], wanted[:length], length
+            ids += spoken + [PAD_ID] * (size - len(spoken))
+            learn += wanted + [False] * (size - len(spoken))
+            counts.append(size)
+        if len(ids) < length:
+            counts.append(length - len(ids))
+            learn += [False] * (length - len(ids))
+            ids += [PAD_ID] * (length - len(ids))
+        return Row(ids, counts, learn, [], [])
+
+    def spoken(self, talk: dict[str, Any]) -> tuple[list[int], list[bool]]:
+        """A finished conversation as ids, and where the next token is the assistant's.
+
+        Written with thinking where a message has reasoning_content, else without.
+        """
+        try:
+            prompt = render_chat(
+                talk["messages"],
+                profile=self.profile,
+                thinking=any(m.get("reasoning_content") for m in talk["messages"]),
+                tools=talk.get("tools", ()),
+                transcript=True,
+            )
+        except DialectError as error:
+            raise TrainingError(f"a conversation cannot be written: {error.message}") from None
+        ids = self.tokenizer.encode_prompt(prompt)
+        learn = [False] * len(ids)
+        speaking = False
+        for i, token in enumerate(ids):
+            # The first token after <Assistant> opens or closes thinking: the prompt's, not said.
+            if i and ids[i - 1] == self._assistant:
+                speaking = True
+            elif token == EOS_ID:
+                speaking = False
+            learn[i] = speaking
+        return ids, learn
+
+
+def _turn(mixture: tuple[Source, ...], number: int) -> tuple[Source, int]:
+    """Whose row this is, and how many it had before: the one that is furthest behind its share."""
+    total = sum(source.share for source in mixture)
+    counts = [0] * len(mixture)
+    # Shares repeat after a while: a schedule of 1,000 rows stands for all of them.
+    schedule = _schedule(tuple(source.share / total for source in mixture))
+    cycles, place = divmod(number, len(schedule))
+    whole = [schedule.count(i) * cycles for i in range(len(mixture))]
+    counts = [whole[i] + schedule[:place].count(i) for i in range(len(mixture))]
+    chosen = schedule[place]
+    return mixture[chosen], counts[chosen]
+
+
+@lru_cache
+def _schedule(shares: tuple[float, ...]) -> tuple[int, ...]:
+    counts = [0] * len(shares)
+    out = []
+    for row in range(1000):
+        behind = [share * (row + 1) - count for share, count in zip(shares, counts, strict=True)]
+        chosen = behind.index(max(behind))
+        counts[chosen] += 1
+        out.append(chosen)
+    return tuple(out)
+
+
+@lru_cache(maxsize=16)
+def _order(seed: str, count: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    return np.random.default_rng(list(seed.encode())).permutation(count)
+
+
+@lru_cache(maxsize=4)
+def _conversations(path: str) -> list[dict[str, Any]]:
+    talks = []
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"{path} cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            talk = json.loads(line) if line.strip() else None
+        except json.JSONDecodeError as error:
+            raise TrainingError(f"{path} line {number} is not JSON: {error}") from None
+        if talk is None:
+            continue
+        if not isinstance(talk, dict) or not isinstance(talk.get("messages"), list):
+            raise TrainingError(f"{path} line {number} has no list `messages`")
+        talks.append(talk)
+    if not talks:
+        raise TrainingError(f"{path} holds no conversation")
+    return talks
+
+
+def _learnable(ids: list[int], counts: Iterable[int]) -> list[bool]:
+    """True where the next token is of the same document and no padding."""
+    learn = [after != PAD_ID for after in ids[1:]] + [False]
+    end = 0
+    for count in counts:
+        end += count
+        learn[end - 1] = False
+    return learn
+
+
+def _padded(
+    ids: list[int], learn: list[bool], answers: list[int], gold: list[int], length: int
+) -> Row:
+    short = length - len(ids)
+    return Row(ids + [PAD_ID] * short, [length], learn + [False] * short, answers, gold)

@@ -1,352 +1,332 @@
-"""The training loop: samples in, weights out, a log line a step, a checkpoint every few minutes.
+"""The training loop: rows in, weights out, a log line a step, a checkpoint every few minutes.
 
-Ranks are processes of one thread each: on a shared machine they wait for each other once a step,
-not once an op. Not here: sizes and schedule (mini.py), recall over real text (recall.py).
+    run(recipe, folder)      begins, or goes on where the folder's last checkpoint stands
+
+A folder holds recipe.json, log.jsonl, tokens/, checkpoints/step-N (the official layout) and, beside
+each, its state. Not here: losses.py, one pass (passes.py), rows (data.py), keeping (kept.py).
 """
 
 import json
 import math
-import os
-import random
+import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from overleap.cache.layout import CacheFormat
-from overleap.cache.state import Cache
-from overleap.checkpoint.table import Role, tensor_table
-from overleap.config import LayerKind, ModelConfig
-from overleap.kernels.spec import Spans
-from overleap.kernels.torch.quant import dequantize, fp4_weight, fp8_weight
-from overleap.model.indexer import Indexer, IndexerTap
-from overleap.model.transformer import Batch, Output, Transformer
-from overleap.train import losses
-from overleap.train.data import Sampler, corpus
-from overleap.train.initial import initial_weights
-from overleap.train.losses import Asked
+from overleap.chat.profiles import profile_for
+from overleap.chat.tokenizer import Tokenizer
+from overleap.checkpoint.convert import parameters
+from overleap.checkpoint.table import tensor_table
+from overleap.errors import TrainingError
+from overleap.train import kept
+from overleap.train.data import Rows, fact_words
+from overleap.train.losses import move_bias
 from overleap.train.muon import Optimizer
-from overleap.train.ops import TrainingOps
+from overleap.train.passes import Pass, best_dtype, peak_flops, trainable
+from overleap.train.recipe import Recipe, Stage, from_json
+from overleap.train.shards import Shard, build, train_tokenizer
+from overleap.train.text import documents
+
+Record = dict[str, float]
+Report = Callable[[Record], None]
+
+SPIKE_MEMORY = 100  # losses that the median is of
+SPIKE_LEAST = 20  # of them, before anything counts as a spike
+SPIKE_TRIES = 5  # rollbacks in a run, before it is given up
+TOKENIZER_TEXT = 24_000_000  # characters that the tokenizer is trained on
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A part of a run with samples of one shape. A rank's step holds `batch` samples.
+def run(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    ranks: int = 1,
+    within: tuple[int, int] | None = None,
+    report: Report | None = None,
+) -> None:
+    """Train (or continue) in `folder`, with `ranks` processes on this machine.
 
-    facts, turns  planted and asked in each sample
-    sparse        attend the released index_topk entries only; otherwise all of them
-    rounding      weights and cache rows hold what their released forms keep of them
-    retrieval     weight of the loss that points attention at the fact; mtp: of the draft block's
-    rate          factor of the recipe's rates
-    share         how often a fact repeats a word of another one: drawn from this range
+    within  this process's rank and how many there are, where others (torchrun) started them all
+    Raises TrainingError, also where the folder holds a run of another recipe.
     """
-
-    steps: int
-    length: int
-    batch: int
-    facts: int
-    turns: int
-    sparse: bool = False
-    rounding: bool = False
-    retrieval: float = 1.0
-    mtp: float = 0.0
-    rate: float = 1.0
-    share: tuple[float, float] = (0.3, 1.0)
+    if within is not None:
+        _rank(*within, recipe, folder, "env://", report)
+    elif ranks == 1:
+        _rank(0, 1, recipe, folder, None, report)
+    else:
+        begin(recipe, folder)
+        meeting = folder / "meeting"
+        meeting.unlink(missing_ok=True)
+        spawn(_rank, (ranks, recipe, folder, f"file://{meeting}", None), nprocs=ranks, join=True)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """All that decides a run. Rates are peak values of a warm-up, constant, linear-decay shape."""
-
-    config: ModelConfig
-    stages: tuple[Stage, ...]
-    seed: int
-    ranks: int = 2
-    matrix_rate: float = 0.02
-    other_rate: float = 3e-3
-    warmup_steps: int = 30
-    decay_share: float = 0.35
-    final_share: float = 0.05
-    language: float = 0.2
-    language_rows: float = 0.25
-    index: float = 1.0
-    distillation: float = 0.3
-    balance: float = 1e-3
-    bias_speed: float = 1e-3
-    clip: float = 1.0
-    checkpoint_s: float = 240.0
-    compiled: bool = True
-
-    @property
-    def steps(self) -> int:
-        """Steps of all stages."""
-        return sum(stage.steps for stage in self.stages)
-
-    def stage_at(self, step: int) -> Stage:
-        """The stage a step belongs to."""
-        for stage in self.stages:
-            if step < stage.steps:
-                return stage
-            step -= stage.steps
-        return self.stages[-1]
-
-    def rate_at(self, step: int) -> float:
-        """Factor of the peak rates."""
-        done = step / max(self.steps, 1)
-        rise = min(1.0, (step + 1) / self.warmup_steps)
-        if done < 1 - self.decay_share:
-            return rise
-        left = (1 - done) / self.decay_share
-        return rise * (self.final_share + (1 - self.final_share) * left)
+def begin(recipe: Recipe, folder: Path) -> None:
+    """recipe.json, tokenizer.json and tokens/ of a folder, made where they are not there yet."""
+    path = folder / "recipe.json"
+    if path.exists():
+        if from_json(path.read_text("utf-8"), str(path)) != recipe:
+            raise TrainingError(
+                f"{folder} holds a run of another recipe",
+                "go on with `overleap train resume`, or choose another folder",
+            )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(recipe.to_json(), "utf-8")
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.exists():
+        if recipe.base:
+            tokenizer.write_bytes((Path(recipe.base) / "tokenizer.json").read_bytes())
+        else:
+            texts = kept.sample((text for _, text in documents(recipe.text)), TOKENIZER_TEXT)
+            train_tokenizer(texts, tokenizer, recipe.vocabulary, fact_words())
+    if recipe.text and not (folder / "tokens" / "held_out" / "shard.json").exists():
+        build(documents(recipe.text), Tokenizer.from_file(tokenizer), folder / "tokens")
 
 
-def run(recipe: Recipe, folder: Path, tokenizer: Path) -> None:
-    """Train (or continue) in `folder`: log.jsonl, checkpoint.safetensors, at the end too."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if recipe.ranks == 1:
-        _rank(0, recipe, folder, tokenizer, None)
-        return
-    meeting = folder / "meeting"
-    meeting.unlink(missing_ok=True)
-    spawn(_rank, (recipe, folder, tokenizer, meeting), nprocs=recipe.ranks, join=True)
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe that a folder was begun with. Raises TrainingError."""
+    path = folder / "recipe.json"
+    if not path.is_file():
+        raise TrainingError(f"{folder} holds no training run", "a run keeps its recipe.json there")
+    return from_json(path.read_text("utf-8"), str(path))
 
 
-def _rank(rank: int, recipe: Recipe, folder: Path, tokenizer: Path, meeting: Path | None) -> None:
-    torch.set_num_threads(1)
-    torch._dynamo.config.recompile_limit = 64  # one function serves many shapes, each compiled once
-    if meeting is not None:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=recipe.ranks
-        )
-    trainer = Trainer(recipe, folder, Tokenizer.from_file(str(tokenizer)), rank)
-    trainer.run()
-    if meeting is not None:
-        dist.destroy_process_group()
+def _rank(
+    rank: int,
+    ranks: int,
+    recipe: Recipe,
+    folder: Path,
+    meeting: str | None,
+    report: Report | None,
+) -> None:
+    if ranks > 1:
+        torch.set_num_threads(1)  # on a shared machine they wait for each other once a step
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=ranks)
+    torch._dynamo.config.recompile_limit = 64  # one function serves many shapes
+    try:
+        if rank == 0:
+            begin(recipe, folder)
+        if ranks > 1:
+            dist.barrier()
+        Trainer(recipe_of(folder), folder, report).run()
+    finally:
+        if ranks > 1:
+            dist.destroy_process_group()
 
 
 class Trainer:
-    """One rank: model, optimiser, samples."""
+    """One rank: model, optimiser, rows. All ranks hold the same weights."""
 
-    def __init__(self, recipe: Recipe, folder: Path, tokenizer: Tokenizer, rank: int) -> None:
-        self.recipe, self.folder, self.rank = recipe, folder, rank
-        config = recipe.config
-        self.ops = TrainingOps(
-            key_width=config.index_head_dim,
-            rope=config.qk_rope_head_dim,
-            compiled=recipe.compiled,
-        )
-        self.model = Transformer(config, self.ops)
-        self.model.assign(initial_weights(config, recipe.seed))
-        for p in self.model.parameters():
-            p.requires_grad_(p.is_floating_point())
-        for name, p in self.model.named_parameters():
-            if name.endswith("gate.bias"):
-                p.requires_grad_(False)
+    def __init__(self, recipe: Recipe, folder: Path, report: Report | None = None) -> None:
+        self.recipe, self.folder, self.report = recipe, folder, report
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.ranks = dist.get_world_size() if dist.is_initialized() else 1
+        tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
+        if tokenizer.vocab_size != recipe.config.vocab_size:
+            raise TrainingError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model "
+                f"{recipe.config.vocab_size}"
+            )
+        shard = Shard.open(folder / "tokens" / "train") if recipe.text else None
+        self.rows = Rows(tokenizer, shard, recipe.seed, profile_for(recipe.config.to_dict()))
+        self.work = Pass(recipe, trainable(recipe), best_dtype())
+        self.model = self.work.model
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        self.optimizer = Optimizer(named, self.ops)
-        self.sampler = Sampler(tokenizer, corpus()[0], recipe.seed)
-        self._roles = {name: spec.role for name, spec in tensor_table(config).items()}
-        self.step = 0
-        self.checkpoint = folder / "checkpoint.safetensors"
-        if self.checkpoint.exists():
-            self._load()
+        self.optimizer = Optimizer(
+            named, self.work.ops, recipe.config, weight_decay=recipe.weight_decay
+        )
+        self.step = self.skipped = self.rollbacks = 0
+        self.losses: list[float] = []
+        if (newest := kept.newest(folder)) is not None:
+            self._load(newest)
 
     def run(self) -> None:
-        """All steps that are left."""
+        """All steps that are left. MFU counts six operations a weight that a token meets."""
         began = saved = time.monotonic()
-        first, tokens = self.step, 0
+        first, tokens, peak = self.step, 0, peak_flops(self.work.ops.dtype) * self.ranks
+        active = parameters(self.recipe.config, tensor_table(self.recipe.config))["active"]
         while self.step < self.recipe.steps:
-            stage = self.recipe.stage_at(self.step)
-            record = self.one(stage)
-            tokens += stage.batch * stage.length * self.recipe.ranks
-            self.step += 1
+            number, _ = self.recipe.place(self.step)
+            stage = self.recipe.stages[number]
+            record = self.one()
+            if record is None:
+                saved = time.monotonic()
+                continue
+            tokens += stage.rows * stage.length
             seconds = time.monotonic() - began
-            if self.rank == 0:
-                left = (self.recipe.steps - self.step) * seconds / (self.step - first)
-                record |= {
-                    "tokens_per_s": round(tokens / seconds),
-                    "minutes": round(seconds / 60, 1),
-                }
-                record |= {"minutes_left": round(left / 60, 1)}
-                with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
-                    log.write(json.dumps(record) + "\n")
-                if self.step % 10 == 1:
-                    print(json.dumps(record), flush=True)
-                if time.monotonic() - saved > self.recipe.checkpoint_s:
-                    self.save()
-                    saved = time.monotonic()
+            done = max(self.step - first, 1)
+            record |= {
+                "tokens_per_s": round(tokens / seconds),
+                "mfu": round(6 * active * tokens / seconds / peak, 4),
+                "minutes": round(seconds / 60, 2),
+                "minutes_left": round((self.recipe.steps - self.step) * seconds / done / 60, 1),
+            }
+            self._tell(record)
+            if self._agreed(time.monotonic() - saved > self.recipe.checkpoint_s):
+                self.save()
+                saved = time.monotonic()
+        self.save()
         if self.rank == 0:
-            self.save()
+            kept.draw_losses(self.folder)
 
-    def one(self, stage: Stage) -> dict[str, float]:
-        """One step; returns the figures of this rank."""
+    def one(self) -> Record | None:
+        """One step; its figures, or None where it was a spike and the run went back."""
         recipe = self.recipe
-        rng = random.Random(f"{recipe.seed}/{self.step}/{self.rank}")
-        torch.manual_seed(rng.randrange(2**31))
-        self.sampler.reseed(rng.randrange(2**31))
-        self._set(stage)
+        number, within = recipe.place(self.step)
+        stage = recipe.stages[number]
+        self._learn_only(stage)
         self.optimizer.zero_grad()
-        with self._stored() if stage.rounding else nullcontext():
-            total, record = self.loss(stage)
-            total.backward()
+        record, loads = self._gradients(stage, number, within)
         norm = self._share_gradients()
+        if not self._is_sane(record["loss"], norm):
+            self._go_back(record["loss"], norm)
+            return None
         rate = recipe.rate_at(self.step) * stage.rate
-        if math.isfinite(norm):
-            self.optimizer.step(recipe.matrix_rate * rate, recipe.other_rate * rate)
-        return {"step": self.step, "length": stage.length} | record | {"norm": round(norm, 3)}
+        self.optimizer.step(recipe.matrix_rate * rate, recipe.other_rate * rate)
+        for bias, load in loads:
+            move_bias(bias, load, recipe.bias_speed)
+        figures = {"step": self.step, "stage": number, "length": stage.length} | record
+        self.losses = [*self.losses, record["loss"]][-SPIKE_MEMORY:]
+        self.step += 1
+        return figures | {"norm": round(norm, 3), "rate": round(rate, 4)}
 
-    def loss(self, stage: Stage) -> tuple[Tensor, dict[str, float]]:
-        """The weighted sum of all losses over one rank's batch, and its parts."""
-        recipe, model = self.recipe, self.model
-        config = recipe.config
-        length, sequences = stage.length, stage.batch
-        ids, asked = self._samples(stage)
-        rows, targets, answers = self._rows(ids, asked)
-        batch, cache = self._batch(ids, rows)
-        taps: list[IndexerTap] = []
-        out = model(batch, cache, taps)
-        seen = self.ops.take()
-        nll = F.cross_entropy(out.logits, targets, reduction="none")
-        right = (out.logits[:answers].argmax(-1) == targets[:answers]).float().mean()
-        answer, language = nll[:answers].mean(), nll[answers:].mean()
-        total = answer + recipe.language * language
-        record = {"answer": answer, "right": right, "language": language}
-        csa = [i for i, kind in enumerate(config.layer_kinds) if kind is LayerKind.CSA]
-        distance = _distances(len(asked.at_N))
-        picked = torch.cat((asked.at_N, torch.randint(sequences * length, (128,))))
-        for layer, tap, sight in zip(csa, taps, seen.attention, strict=True):
-            frequency = model.layers[layer].frequency
-            assert isinstance(frequency, Tensor)
-            found, top = losses.retrieval_loss(sight, asked, frequency, distance)
-            keys = tap.keys.rows.view(-1, config.index_head_dim)[: sequences * length // 4]
-            index = losses.Index(tap.index_q, tap.index_weight, keys)
-            guided, best = losses.guided_index_loss(index, asked, sequences, frequency, distance)
-            distilled = losses.distillation_loss(sight, index, picked, length)
-            total = total + (stage.retrieval * found) / len(csa)
-            total = total + (recipe.index * guided + recipe.distillation * distilled) / len(csa)
-            record |= {f"attend{layer}": found, f"attend{layer}_top": top}
-            record |= {f"index{layer}": guided, f"index{layer}_top": best, f"kl{layer}": distilled}
-        total = total + recipe.balance * losses.balance_loss(seen, length)
-        losses.move_biases(seen, recipe.bias_speed)
-        if stage.mtp:
-            draft = self._draft_loss(out, ids, cache, batch.spans)
-            total = total + stage.mtp * draft
-            record["mtp"] = draft
-        return total, {name: round(float(value.detach()), 4) for name, value in record.items()}
+    def _gradients(
+        self, stage: Stage, number: int, within: int
+    ) -> tuple[Record, list[tuple[Tensor, Tensor]]]:
+        """Gradients of this rank's passes; figures and expert loads of all ranks."""
+        each = min(stage.rows, max(1, self.recipe.group_tokens // stage.length))
+        groups = range(0, stage.rows, each)
+        base = (within + self.skipped) * stage.rows
+        figures: dict[str, list[float]] = {}
+        loads: dict[int, tuple[Tensor, Tensor]] = {}
+        with self.work.stored() if stage.rounding else nullcontext():
+            for group in groups[self.rank :: self.ranks]:
+                rows = [
+                    self.rows.row(stage.mixture, number, base + r, stage.length)
+                    for r in range(group, min(group + each, stage.rows))
+                ]
+                share = len(rows) / stage.rows
+                seed = f"{self.recipe.seed}/{self.step + self.skipped}/{group}"
+                total, record, load = self.work.losses(stage, rows, seed)
+                (total * share).backward()
+                self.work.ops.take()
+                for key, value in (record | {"loss": float(total.detach())}).items():
+                    figures.setdefault(key, []).extend([value] * len(rows))
+                for bias, count in load:
+                    before = loads.get(id(bias), (bias, torch.zeros_like(count)))[1]
+                    loads[id(bias)] = (bias, before + count)
+        return self._pooled(figures), self._pooled_loads(loads)
 
-    def _set(self, stage: Stage) -> None:
-        """Dense or sparse, rounded or not."""
-        self.ops.rounding = stage.rounding
-        for module in self.model.modules():
-            if isinstance(module, Indexer):
-                module.topk = self.recipe.config.index_topk if stage.sparse else 1 << 30
+    def _pooled(self, figures: dict[str, list[float]]) -> Record:
+        if self.ranks > 1:
+            everyone: list[Any] = [None] * self.ranks
+            dist.all_gather_object(everyone, figures)
+            figures = {}
+            for one in everyone:
+                for key, values in one.items():
+                    figures.setdefault(key, []).extend(values)
+        return {key: round(statistics.fmean(values), 5) for key, values in figures.items()}
 
-    @contextmanager
-    def _stored(self) -> Iterator[None]:
-        """Inside, linears hold what FP8 and experts what FP4 keeps of them (straight-through)."""
-        kept: list[tuple[Tensor, Tensor]] = []
-        with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                role = self._roles[name]
-                if role in (Role.LINEAR, Role.EXPERT):
-                    kept.append((p, p.detach().clone()))
-                    pack = fp8_weight if role is Role.LINEAR else fp4_weight
-                    p.copy_(dequantize(pack(p.detach())))
-        yield
-        with torch.no_grad():
-            for stored, master in kept:
-                stored.copy_(master)
+    def _pooled_loads(self, loads: dict[int, tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        biases = [(n, p) for n, p in self.model.named_parameters() if n.endswith("gate.bias")]
+        none = torch.zeros(self.recipe.config.n_routed_experts)
+        out: list[tuple[Tensor, Tensor]] = []
+        for _, bias in biases:
+            load = loads.get(id(bias), (bias, none.to(bias.device)))[1]
+            if self.ranks > 1:
+                dist.all_reduce(load)
+            if float(load.sum()):
+                out.append((bias, load))
+        return out
 
-    def _samples(self, stage: Stage) -> tuple[Tensor, Asked]:
-        ids = torch.full((stage.batch, stage.length), 2)
-        at, gold = [], []
-        for b in range(stage.batch):
-            sample = self.sampler.draw(stage.length, stage.facts, stage.turns, stage.share)
-            ids[b, : len(sample.ids)] = torch.tensor(sample.ids)
-            at += [b * stage.length + i for i in sample.answers]
-            gold += [b * stage.length + i for i in sample.gold]
-        return ids, Asked(torch.tensor(at), torch.tensor(gold), stage.length)
-
-    def _rows(self, ids: Tensor, asked: Asked) -> tuple[Tensor, Tensor, int]:
-        """Packed rows whose logits count: the answers, then what ends them and some of the text."""
-        following = F.pad(ids[:, 1:], (0, 1), value=2).flatten()
-        usable = (following != 2).float()
-        usable[asked.at_N] = 0
-        count = int(usable.sum() * self.recipe.language_rows)
-        some = torch.multinomial(usable, count)
-        rows = torch.cat((asked.at_N, asked.at_N + 1, some))
-        return rows, following[rows], len(asked.at_N)
-
-    def _batch(self, ids: Tensor, rows: Tensor) -> tuple[Batch, Cache]:
-        sequences, length = ids.shape
-        pages = sequences * length // 128
-        cache = Cache(self.recipe.config, pages=pages, slots=sequences, format=CacheFormat.WIDE)
-        opened = [cache.open() for _ in range(sequences)]
-        for sequence in opened:
-            cache.reserve(sequence, length)
-        spans = Spans.of([(0, length, s.slot, s.pages) for s in opened], cache.device)
-        return Batch(ids.flatten(), spans, rows, tuple(opened)), cache
-
-    def _draft_loss(self, out: Output, ids: Tensor, cache: Cache, spans: Spans) -> Tensor:
-        following = F.pad(ids[:, 1:], (0, 1), value=2).flatten()
-        after = F.pad(ids[:, 2:], (0, 2), value=2).flatten()
-        logits, _ = self.model.draft(out.streams.detach(), following, cache, spans)
-        self.ops.take()
-        return F.cross_entropy(logits, after, ignore_index=2)
+    def _learn_only(self, stage: Stage) -> None:
+        for name, p in self.model.named_parameters():
+            if p.is_floating_point() and not name.endswith("gate.bias"):
+                p.requires_grad_(not stage.indexer_only or ".indexer." in name)
 
     def _share_gradients(self) -> float:
-        """Average over ranks, clip, and return the norm before clipping."""
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if dist.is_initialized():
+        """Sum over ranks, clip, and return the norm before clipping."""
+        wanted = [p for p in self.model.parameters() if p.requires_grad]
+        if self.ranks > 1:
+            grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in wanted]
             flat = torch.cat([g.flatten() for g in grads])
             dist.all_reduce(flat)
-            flat /= self.recipe.ranks
-            for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-                g.copy_(part.view_as(g))
-            # Every rank moved its biases by its own load; the mean keeps them equal.
-            for name, p in self.model.named_parameters():
-                if name.endswith("gate.bias"):
-                    dist.all_reduce(p.data)
-                    p.data /= self.recipe.ranks
+            for p, part in zip(wanted, flat.split([g.numel() for g in grads]), strict=True):
+                p.grad = part.view_as(p).clone()
+        grads = [p.grad for p in wanted if p.grad is not None]
         norm = float(torch.sqrt(sum((g.square().sum() for g in grads), torch.zeros(()))))
-        if norm > self.recipe.clip:
+        if self.recipe.clip < norm < math.inf:
             for g in grads:
                 g.mul_(self.recipe.clip / norm)
         return norm
 
+    def _is_sane(self, loss: float, norm: float) -> bool:
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return False
+        if len(self.losses) < SPIKE_LEAST or self.recipe.place(self.step)[1] < SPIKE_LEAST:
+            return True
+        return loss < self.recipe.spike * statistics.median(self.losses)
+
+    def _go_back(self, loss: float, norm: float) -> None:
+        """To the last checkpoint; the rows since then are left out. Raises TrainingError."""
+        newest = kept.newest(self.folder)
+        self.rollbacks += 1
+        if newest is None or self.rollbacks > SPIKE_TRIES:
+            raise TrainingError(
+                f"the loss went to {loss:.3g} (gradient norm {norm:.3g}) at step {self.step}, "
+                f"after {self.rollbacks - 1} rollbacks",
+                "lower the rates, or look at the rows of that step",
+            )
+        failed, skipped, rollbacks = self.step, self.skipped, self.rollbacks
+        self._load(newest)
+        self.skipped, self.rollbacks = skipped + failed - self.step + 1, rollbacks
+        self._tell({"step": failed, "loss": loss, "norm": norm, "rolled_back_to": self.step})
+
+    def _tell(self, record: Record) -> None:
+        if self.rank:
+            return
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(record) + "\n")
+        if self.report is not None:
+            self.report(record)
+
+    def _agreed(self, mine: bool) -> bool:
+        """What rank 0 says, on all ranks."""
+        if self.ranks == 1:
+            return mine
+        word = torch.tensor(int(mine), device=self.work.device)
+        dist.broadcast(word, 0)
+        return bool(word)
+
     def save(self) -> None:
-        """Weights and optimiser, written beside and moved into place."""
-        tensors = {f"model/{n}": p.detach() for n, p in self.model.named_parameters()}
-        tensors |= {f"optimizer/{n}": t for n, t in self.optimizer.state().items()}
-        partial = self.checkpoint.with_suffix(".partial")
-        save_file(
-            {n: t.contiguous().clone() for n, t in tensors.items()},
-            partial,
-            {"step": str(self.step)},
+        """A checkpoint of this step, state first, so that a folder with weights is whole."""
+        facts = {"step": self.step, "skipped": self.skipped, "rollbacks": self.rollbacks}
+        kept.save_state(
+            self.folder,
+            self.step,
+            self.optimizer.state(),
+            facts | {"losses": self.losses},
+            self.rank,
         )
-        os.replace(partial, self.checkpoint)
+        if self.ranks > 1:
+            dist.barrier()
+        if self.rank == 0:
+            weights = {n: p.detach() for n, p in self.model.named_parameters()}
+            kept.save_weights(self.folder, self.step, weights, self.recipe.config)
 
-    def _load(self) -> None:
-        with safe_open(self.checkpoint, "pt") as file, torch.no_grad():
-            self.step = int(file.metadata()["step"])
-            own = dict(self.model.named_parameters())
-            for name, p in own.items():
-                p.copy_(file.get_tensor(f"model/{name}"))
-            names = [n for n in file.keys() if n.startswith("optimizer/")]  # noqa: SIM118
-            self.optimizer.load({n.removeprefix("optimizer/"): file.get_tensor(n) for n in names})
-
-
-def _distances(count: int) -> Tensor:
-    """Extra distance of every question: none for half of them, else up to a million tokens."""
-    far = torch.exp2(torch.rand(count) * 20)
-    return torch.where(torch.rand(count) < 0.5, 0.0, far).floor()
+    def _load(self, step: int) -> None:
+        weights, state, facts = kept.load(self.folder, step, self.recipe.config)
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(weights[name])
+        self.optimizer.load(state)
+        self.step, self.skipped = facts["step"], facts["skipped"]
+        self.rollbacks, self.losses = facts["rollbacks"], facts["losses"]

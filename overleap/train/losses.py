@@ -1,7 +1,7 @@
-"""The losses of the small model: language, answers, retrieval, indexer, router balance.
+"""The losses: language, answers, retrieval, indexer, router balance. Gradients by autograd.
 
-Not here: what is a sample (data.py) or when a weight changes (mini.py). Top-k passes no gradient,
-so the indexer learns from the attention it serves; facts tell where that attention should go.
+Not here: what is a sample (sources.py) or when a weight changes (loop.py). Top-k passes no
+gradient, so the indexer learns from the attention it serves; facts tell where that should go.
 """
 
 import math
@@ -10,42 +10,61 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from overleap.kernels.torch.linear import hadamard
+from overleap.model.hyper import collapse_head
+from overleap.model.transformer import Transformer
+from overleap.train.attend import Tiles
 from overleap.train.ops import Seen
 
 HIDDEN = -1e30
+HEAD_ROWS = 1024  # rows whose logits exist at once
+
+
+def token_losses(model: Transformer, x_TMD: Tensor, rows_N: Tensor, target_N: Tensor) -> Tensor:
+    """Cross-entropy f32 [N] of the main model's logits at some packed rows.
+
+    x_TMD  streams after the last main layer. Many rows are done in parts, whose logits are made
+    again in the backward pass: [N, V] never exists whole.
+    """
+
+    def part(x: Tensor, target: Tensor) -> Tensor:
+        hidden = model.norm(collapse_head(model, x, model.config, model.ops))
+        return F.cross_entropy(model.head(hidden).float(), target, reduction="none")
+
+    pairs = zip(x_TMD[rows_N].split(HEAD_ROWS), target_N.split(HEAD_ROWS), strict=True)
+    if len(rows_N) <= HEAD_ROWS:
+        return torch.cat([part(x, target) for x, target in pairs])
+    return torch.cat([checkpoint(part, x, target, use_reentrant=False) for x, target in pairs])
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Where answers are, in a step of B sequences of L tokens.
+    """Where answers are, in a step of packed documents.
 
-    at_N    i64  packed position that must produce the value
-    gold_N  i64  packed position of the value in the document
+    at_N           i64  packed row that must produce the value
+    gold_N         i64  packed row of the value in the document
+    begin_N end_N  i64  packed rows of the document that both are in
     """
 
     at_N: Tensor
     gold_N: Tensor
-    length: int
+    begin_N: Tensor
+    end_N: Tensor
 
 
-def entry_masks(asked: Asked, sequences: int, per_sequence: int) -> tuple[Tensor, Tensor]:
-    """Which entries of the whole step count, and which hold the fact: two bool [N, B * E].
+def entry_masks(asked: Asked, entries: int) -> tuple[Tensor, Tensor]:
+    """Which entries of the whole step count, and which hold the fact: two bool [N, entries].
 
     A question may take any entry it sees in its own document. Entries of the other documents
     count as wrong ones too: they stand in for the many entries of a longer text.
     """
-    own = asked.at_N // asked.length
-    entry = torch.arange(sequences * per_sequence)
-    owner = entry // per_sequence
-    local = entry % per_sequence
-    visible = ((asked.at_N % asked.length) + 1) // 4
-    mine = owner[None] == own[:, None]
-    allowed = ~mine | (local[None] < visible[:, None])
-    block = (asked.gold_N % asked.length) // 4
+    entry = torch.arange(entries, device=asked.at_N.device)[None]
+    mine = (entry >= asked.begin_N[:, None] // 4) & (entry < asked.end_N[:, None] // 4)
+    allowed = ~mine | (entry < (asked.at_N[:, None] + 1) // 4)
     # A block is pooled into its own entry and into the next one.
-    away = local[None] - block[:, None]
+    away = entry - asked.gold_N[:, None] // 4
     gold = mine & ((away == 0) | (away == 1)) & allowed
     return allowed, gold
 
@@ -72,13 +91,12 @@ def retrieval_loss(
     distance  extra distance of every question, or None
     """
     queries, entries, sink, _ = seen
-    sequences, per_sequence, width = entries.shape
-    allowed, gold = entry_masks(asked, sequences, per_sequence)
+    allowed, gold = entry_masks(asked, len(entries))
     q = queries[asked.at_N].float()
     if frequency is not None and distance_N is not None:
         q = shifted(q, frequency, distance_N)
     heads = q.shape[1]
-    score = (q.flatten(0, 1) @ entries.reshape(-1, width).float().t()) * width**-0.5
+    score = (q.flatten(0, 1) @ entries.float().t()) * entries.shape[1] ** -0.5
     score = score.view(len(q), heads, -1).masked_fill(~allowed[:, None], HIDDEN)
     total = torch.logaddexp(score.logsumexp(-1), sink)
     held = score.masked_fill(~gold[:, None], HIDDEN).logsumexp(-1)
@@ -89,7 +107,7 @@ def retrieval_loss(
 
 @dataclass(frozen=True)
 class Index:
-    """An indexer's view of a step: queries [T, I, J], head weights [T, I], keys [B * E, J]."""
+    """An indexer's view of a step: queries [T, I, J], head weights [T, I], keys [S, J]."""
 
     queries: Tensor
     weight: Tensor
@@ -104,10 +122,10 @@ def index_scores(queries: Tensor, weight: Tensor, keys: Tensor) -> Tensor:
 
 
 def guided_index_loss(
-    index: Index, asked: Asked, sequences: int, frequency: Tensor, distance_N: Tensor
+    index: Index, asked: Asked, frequency: Tensor, distance_N: Tensor
 ) -> tuple[Tensor, Tensor]:
     """-log softmax of the index scores on the fact's entries over all of the step; and accuracy."""
-    allowed, gold = entry_masks(asked, sequences, index.keys.shape[0] // sequences)
+    allowed, gold = entry_masks(asked, len(index.keys))
     # The transform is its own inverse and keeps products: rotate without it.
     q = shifted(hadamard(index.queries[asked.at_N].float()), frequency, distance_N)
     score = index_scores(q, index.weight[asked.at_N], hadamard(index.keys.float()))
@@ -118,30 +136,31 @@ def guided_index_loss(
 
 
 def distillation_loss(
-    seen: tuple[Tensor, Tensor, Tensor, Tensor], index: Index, rows_N: Tensor, length: int
+    seen: tuple[Tensor, Tensor, Tensor, Tensor], index: Index, rows_N: Tensor, tiles: Tiles
 ) -> Tensor:
-    """KL from the layer's attention to the softmax of the index scores, at some tokens.
+    """KL from the layer's attention to the softmax of the index scores, mean over some tokens.
 
     Target: the joint softmax over window, entries and sink, summed over heads, entries only,
     normalised to 1 (section 6.2 of the facts). Tokens that see no entry count as zero.
+    rows_N  i64 packed rows, in any order
     """
     queries, entries, _, lse = (part.detach() for part in seen)
-    sequences, per_sequence, width = entries.shape
-    own = rows_N // length
-    visible = (rows_N % length + 1) // 4
+    wide = lse.dtype
     losses = []
-    for b in range(sequences):
-        here = (own == b) & (visible > 0)
-        rows = rows_N[here]
+    for begin, end in tiles.documents:
+        rows = rows_N[(rows_N >= begin + 3) & (rows_N < end)]
         if not len(rows):
             continue
-        score = torch.einsum("nhk,ek->nhe", queries[rows].float(), entries[b].float())
-        mask = torch.arange(per_sequence) >= visible[here][:, None]
-        target = torch.exp(score * width**-0.5 - lse[rows][..., None]).sum(1)
-        target = target.masked_fill(mask, 0.0)
+        here = slice(begin // 4, end // 4)
+        score = torch.einsum("nhk,ek->nhe", queries[rows].to(wide), entries[here].to(wide))
+        visible = (rows - begin + 1) // 4
+        mask = torch.arange(end // 4 - begin // 4, device=rows.device) >= visible[:, None]
+        score = score * entries.shape[1] ** -0.5 - lse[rows][..., None]
+        target = score.masked_fill(mask[:, None], -torch.inf).exp().sum(1)
         target = target / target.sum(-1, keepdim=True).clamp(min=1e-20)
-        own_keys = index.keys[b * per_sequence : (b + 1) * per_sequence].float()
-        student = index_scores(index.queries[rows].float(), index.weight[rows], own_keys)
+        student = index_scores(
+            index.queries[rows].to(wide), index.weight[rows], index.keys[here].to(wide)
+        )
         student = student.masked_fill(mask, HIDDEN).log_softmax(-1)
         entropy = torch.xlogy(target, target).sum(-1)
         losses.append(entropy - (target * student.clamp(min=-1e4)).sum(-1))
@@ -150,22 +169,35 @@ def distillation_loss(
     return torch.cat(losses).sum() / len(rows_N)
 
 
-def balance_loss(seen: Seen, length: int) -> Tensor:
-    """Sequence-wise balance: sum over experts of load f times mean affinity P (V3's formula)."""
+def balance_loss(seen: Seen, tiles: Tiles) -> Tensor:
+    """Sequence-wise balance: sum over experts of load f times mean affinity P (V3's formula).
+
+    Mean over documents, each a sequence, weighted by length, and over layers; 1 when even.
+    """
     total = torch.zeros(())
     for affinity, ids, _ in seen.routing:
-        experts = affinity.shape[1]
-        share = (affinity / affinity.sum(-1, keepdim=True)).view(-1, length, experts).mean(1)
-        chosen = F.one_hot(ids, experts).float().sum(1).view(-1, length, experts).mean(1)
-        load = chosen * experts / ids.shape[1]
-        total = total + (load * share).sum(-1).mean()
+        tokens, experts = affinity.shape
+        share = affinity / affinity.sum(-1, keepdim=True)
+        chosen = F.one_hot(ids, experts).sum(1).to(share.dtype) * (experts / ids.shape[1])
+        parts = [
+            (chosen[begin:end].mean(0) * share[begin:end].mean(0)).sum() * (end - begin)
+            for begin, end in tiles.documents
+        ]
+        total = total.to(share) + torch.stack(parts).sum() / tokens
     return total / max(len(seen.routing), 1)
 
 
 @torch.no_grad()
-def move_biases(seen: Seen, speed: float) -> None:
+def load_of(seen: Seen) -> list[tuple[Tensor, Tensor]]:
+    """Selection bias and tokens per expert f32 [E] of every layer that has a bias."""
+    return [
+        (bias, torch.bincount(ids.flatten(), minlength=len(bias)).float())
+        for _, ids, bias in seen.routing
+        if bias is not None
+    ]
+
+
+@torch.no_grad()
+def move_bias(bias: Tensor, load_E: Tensor, speed: float) -> None:
     """Bias of busy experts down, of idle ones up (auxiliary-loss-free balance)."""
-    for _, ids, bias in seen.routing:
-        if bias is not None:
-            load = torch.bincount(ids.flatten(), minlength=len(bias)).float()
-            bias.add_(speed * torch.sign(load.mean() - load))
+    bias.add_(speed * torch.sign(load_E.mean() - load_E))

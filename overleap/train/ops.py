@@ -1,8 +1,9 @@
-"""The ops of kernels/spec.py for training on a CPU: bf16 products, compiled element-wise parts.
+"""The ops of kernels/spec.py for training: differentiable, of one float type, compiled in parts.
 
-Not a general backend: every sequence of a step starts at position 0 and has the same length, a
-multiple of 128, in a fresh cache, so rings and tails hold nothing yet and pages lie in order.
-tests/train/test_ops.py holds it against kernels/torch. Read next: losses.py (who reads `seen`).
+Not a general backend: every document of a step starts at position 0 and fills whole pages, in a
+fresh cache, so rings and tails hold nothing yet and entries lie in order of their tokens.
+tests/train/test_ops.py holds it against kernels/torch. Read next: attend.py, losses.py (who reads
+`seen`).
 """
 
 from collections.abc import Callable
@@ -15,17 +16,18 @@ from torch import Tensor
 
 from overleap.kernels.composed import Composed
 from overleap.kernels.spec import Experts, Pool, RowFormat, Spans, Weight
-from overleap.kernels.torch import hyper, linear, orthogonalise, quant, sample
+from overleap.kernels.torch import linear, orthogonalise, quant, sample
+from overleap.train.attend import Tiles, attend, choose, wide_type
 
-WINDOW = 128
 ROPE_FREE_GROUP = 64
+INPUT_GROUP = 128
 
 
 @dataclass
 class Seen:
     """What the losses need from one step, in layer order.
 
-    attention  per CSA layer: queries [T, H, K], entries [B, E, K], sinks [H], log denominators
+    attention  per CSA layer: queries [T, H, K], entries [S, K], sinks [H], log denominators
     routing    per routed layer: affinities f32 [T, E], chosen experts i64 [T, X], selection bias
     """
 
@@ -36,22 +38,32 @@ class Seen:
 class TrainingOps(Composed):
     """See the file header. `seen` is filled by forward; take() empties it.
 
-    rounding    round cache rows and indexer queries as the release cache does (straight-through)
+    rounding    round as the released form does (straight-through): cache rows, indexer queries,
+                and the inputs of the weights in `packed`
+    packed      ids of the weights whose inputs the released form rounds to FP8
     key_width   values of an indexer key; any other row is a window row or a main entry
     rope        rotary dims at the end of such a row
+    dtype       of products; sums and element-wise parts are float32 (float64 for float64)
     """
 
     def __init__(
-        self, *, key_width: int, rope: int, compiled: bool = True, rounding: bool = False
+        self,
+        *,
+        key_width: int,
+        rope: int,
+        compiled: bool = True,
+        rounding: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        self.seen = Seen()
+        self.seen, self.packed = Seen(), frozenset[int]()
         self.rounding, self._key_width, self._rope = rounding, key_width, rope
-        wrap: Callable[[Any], Any] = (
-            (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
-        )
+        self.dtype, self.wide = dtype, wide_type(dtype)
+        self._written: dict[int, Tensor] = {}
+        self._tiles: tuple[Spans, Tiles] | None = None
+        wrap: Callable[[Any], Any] = torch.compile if compiled else (lambda f: f)
         self._norm, self._turn, self._norm_turn = wrap(_norm), wrap(_turn), wrap(_norm_turn)
         self._pre, self._post, self._gated = wrap(_pre), wrap(_post), wrap(_gated)
-        self._mix, self._pool = wrap(_mix), wrap(_pool)
+        self._head = wrap(_head)
 
     sample = staticmethod(sample.sample)
     orthogonalise = staticmethod(orthogonalise.orthogonalise)
@@ -59,40 +71,59 @@ class TrainingOps(Composed):
     def take(self) -> Seen:
         """What was seen since the last call."""
         seen, self.seen = self.seen, Seen()
+        self._written.clear()
         return seen
 
+    def tiles(self, spans: Spans) -> Tiles:
+        """Where the documents of a step lie."""
+        if self._tiles is None or self._tiles[0] is not spans:
+            assert set(spans.start) == {0}, "a training step starts its documents"
+            self._tiles = (spans, Tiles.of(spans.count))
+        return self._tiles[1]
+
+    def rows_of(self, pool: Pool) -> Tensor:
+        """The entries written in this step, with their gradient: [T / ratio, K]."""
+        return self._written[id(pool.rows)]
+
     def matmul(self, x: Tensor, weight: Weight, round_input: bool, wide: bool = False) -> Tensor:
-        """See spec.Ops.matmul; bf16."""
-        product = F.linear(x.bfloat16(), weight.data.bfloat16())
-        return product.float() if wide else product
+        """See spec.Ops.matmul; round_input is said by `packed`, since weights are plain here."""
+        product = F.linear(self._rounded(x.to(self.dtype), weight), weight.data.to(self.dtype))
+        return product.to(self.wide) if wide else product
 
     def grouped_matmul(self, x_TGI: Tensor, weight: Weight) -> Tensor:
-        """See spec.Ops.grouped_matmul; bf16."""
-        w_GNI = weight.data.bfloat16().unflatten(0, (x_TGI.shape[1], -1))
-        product = torch.bmm(x_TGI.bfloat16().transpose(0, 1), w_GNI.transpose(1, 2))
+        """See spec.Ops.grouped_matmul."""
+        w_GNI = weight.data.to(self.dtype).unflatten(0, (x_TGI.shape[1], -1))
+        product = torch.bmm(x_TGI.to(self.dtype).transpose(0, 1), w_GNI.transpose(1, 2))
         return product.transpose(0, 1)
 
+    def _rounded(self, x: Tensor, weight: Weight) -> Tensor:
+        if not self.rounding or id(weight.data) not in self.packed:
+            return x
+        with torch.no_grad():
+            change = quant.round_fp8(x.detach().float(), INPUT_GROUP).to(x.dtype) - x
+        return x + change
+
     def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        """See spec.Ops.rms_norm; bf16 out."""
-        out: Tensor = self._norm(x, weight, eps)
+        """See spec.Ops.rms_norm."""
+        out: Tensor = self._norm(x, weight, eps, self.dtype)
         return out
 
     def norm_rope(
         self, x: Tensor, weight: Tensor | None, eps: float, position: Tensor, frequency: Tensor
     ) -> Tensor:
-        """See spec.Ops.norm_rope; bf16 out."""
-        out: Tensor = self._norm_turn(x, weight, eps, position, frequency)
+        """See spec.Ops.norm_rope."""
+        out: Tensor = self._norm_turn(x, weight, eps, position, frequency, self.dtype)
         return out
 
     def rotate(self, x: Tensor, position: Tensor, frequency: Tensor, inverse: bool) -> Tensor:
         """See spec.Ops.rotate."""
-        out: Tensor = self._turn(x, position, frequency, inverse)
+        out: Tensor = self._turn(x, position, frequency, inverse, self.dtype)
         return out
 
     def hadamard(self, x: Tensor) -> Tensor:
         """See spec.Ops.hadamard; as a product with the constant matrix."""
-        matrix = linear.hadamard(torch.eye(x.shape[-1]))
-        return F.linear(x.bfloat16(), matrix.bfloat16())
+        matrix = linear.hadamard(torch.eye(x.shape[-1], device=x.device))
+        return F.linear(x.to(self.dtype), matrix.to(self.dtype))
 
     def quantize(self, x: Tensor, row: RowFormat) -> Tensor:
         """Rows of a wide cache, rounded as a release cache would; straight-through gradient."""
@@ -104,7 +135,7 @@ class TrainingOps(Composed):
                 rounded = quant.round_fp4(wide)
             else:
                 plain = row.width - self._rope
-                rounded = wide.clone()
+                rounded = wide.bfloat16().float()  # as the rotary dims are kept
                 rounded[..., :plain] = quant.round_fp8(
                     wide[..., :plain].contiguous(), ROPE_FREE_GROUP
                 )
@@ -114,37 +145,22 @@ class TrainingOps(Composed):
         """Nothing: a fresh step never reads a ring or a tail."""
 
     def page_write(self, pool: Pool, rows_E: Tensor, ratio: int, spans: Spans) -> None:
-        """See spec.Ops.page_write; pages of a fresh cache lie in order."""
-        assert set(spans.start) == {0} and len(set(spans.count)) == 1
-        assert spans.count[0] % WINDOW == 0
-        pool.rows.view(-1, pool.rows.shape[-1])[: rows_E.shape[0]].copy_(rows_E)
+        """Kept as they are, for rows_of; the cache's own bytes stay untouched."""
+        self._written[id(pool.rows)] = rows_E
 
     def compress(
         self, rows_T2W: Tensor, tail: Tensor, ape: Tensor, ratio: int, spans: Spans
     ) -> Tensor:
         """See spec.Ops.compress."""
-        out: Tensor = self._pool(rows_T2W, ape, ratio, len(spans.count))
-        return out
+        begins = [begin // ratio for begin, _ in self.tiles(spans).documents]
+        return _pool(rows_T2W, ape, ratio, torch.tensor(begins, device=ape.device))
 
     def index_topk(
         self, q_TI: Tensor, weight_TI: Tensor, keys: Pool, ratio: int, spans: Spans, k: int
     ) -> Tensor:
         """See spec.Ops.index_topk; ties are not ordered."""
-        sequences, length = len(spans.count), spans.count[0]
-        with torch.no_grad():
-            q = q_TI.bfloat16().unflatten(0, (sequences, length))
-            w = weight_TI.unflatten(0, (sequences, length))
-            key = keys.rows.view(-1, keys.rows.shape[-1])[: sequences * length // ratio]
-            key = key.bfloat16().unflatten(0, (sequences, -1))
-            score = torch.zeros(sequences, length, key.shape[1])
-            for head in range(q.shape[2]):
-                part = torch.bmm(q[:, :, head], key.transpose(1, 2)).relu().float()
-                score.addcmul_(part, w[:, :, head, None])
-            entry = torch.arange(key.shape[1])
-            visible = (torch.arange(length)[:, None] + 1) // ratio
-            score.masked_fill_(entry >= visible, -torch.inf)
-            best = score.topk(min(k, key.shape[1]), dim=-1, sorted=False)
-            return best.indices.masked_fill(best.values == -torch.inf, -1).flatten(0, 1)
+        rows = self.rows_of(keys).to(self.dtype)
+        return choose(q_TI.to(self.dtype), weight_TI, rows, ratio, self.tiles(spans), k)
 
     def attend(
         self,
@@ -159,34 +175,13 @@ class TrainingOps(Composed):
         window: int,
         spans: Spans,
     ) -> tuple[Tensor, Tensor]:
-        """See spec.Ops.attend; chosen entries are a mask over all of them."""
-        sequences, length = len(spans.count), spans.count[0]
-        heads, width = q_THK.shape[1:]
-        chunks = length // WINDOW
-        q = (q_THK * scale).bfloat16()
-        near = fresh_T.bfloat16().view(sequences, chunks, WINDOW, width)
-        before = F.pad(near[:, :-1], (0, 0, 0, 0, 1, 0))
-        near = torch.cat((before, near), dim=2).flatten(0, 1)
-        q_near = q.view(sequences * chunks, WINDOW * heads, width)
-        score = torch.bmm(q_near, near.transpose(1, 2))
-        far, far_score, hidden = None, None, None
-        if entries is not None:
-            count = sequences * length // ratio
-            rows = entries.rows.view(-1, width)[:count].view(sequences, -1, width)
-            far = rows.bfloat16()
-            far_score = torch.bmm(q.view(sequences, length * heads, width), far.transpose(1, 2))
-            if chosen_Tk is not None:
-                hidden = torch.ones(sequences * length, far.shape[1] + 1, dtype=torch.bool)
-                hidden.scatter_(1, chosen_Tk.masked_fill(chosen_Tk < 0, far.shape[1]), False)
-                hidden = hidden[:, :-1].contiguous()
-        p_near, p_far, lse = self._mix(
-            score, far_score, hidden, sink_H, sequences, length, heads, ratio
-        )
-        out = torch.bmm(p_near, near).view(-1, heads, width)
-        if far is not None:
-            out = out + torch.bmm(p_far, far).view(-1, heads, width)
-        if ratio == 4 and entries is not None:
-            self.seen.attention.append((q_THK, rows, sink_H, lse))
+        """See spec.Ops.attend."""
+        far = None if entries is None else self.rows_of(entries)
+        q, near = (q_THK * scale).to(self.dtype), fresh_T.to(self.dtype)
+        cast = None if far is None else far.to(self.dtype)
+        out, lse = attend(q, near, cast, chosen_Tk, sink_H, ratio, self.tiles(spans))
+        if ratio == 4 and far is not None:
+            self.seen.attention.append((q_THK, far, sink_H, lse))
         return out, lse
 
     def route(
@@ -199,7 +194,7 @@ class TrainingOps(Composed):
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         """See spec.Ops.route."""
-        affinity = F.softplus(F.linear(x.float(), weight)).sqrt()
+        affinity = F.softplus(F.linear(x.to(self.wide), weight.to(self.wide))).sqrt()
         if fixed_TX is None:
             ranked = affinity.detach() if bias is None else affinity.detach() + bias
             ids = ranked.topk(k, dim=-1).indices
@@ -224,13 +219,14 @@ class TrainingOps(Composed):
         counts = torch.bincount(flat, minlength=len(experts.w1)).tolist()
         token = order // ids_TX.shape[1]
         pairs = zip(experts.w1, experts.w3, strict=True)
-        both = [torch.cat((gate.data, up.data)).bfloat16() for gate, up in pairs]
-        rows = x_TD.bfloat16()[token].split(counts)
+        both = [torch.cat((gate.data, up.data)).to(self.dtype) for gate, up in pairs]
+        rows = self._rounded(x_TD.to(self.dtype), experts.w1[0])[token].split(counts)
         wide = torch.cat([F.linear(x, w) for x, w in zip(rows, both, strict=True)])
-        hidden = self._gated(wide, weight_TX.flatten()[order], limit).split(counts)
-        down = [F.linear(x, w.data.bfloat16()) for x, w in zip(hidden, experts.w2, strict=True)]
-        out = x_TD.new_zeros(x_TD.shape, dtype=torch.float32)
-        return out.index_add(0, token, torch.cat(down).float())
+        hidden = self._gated(wide, weight_TX.flatten()[order], limit, self.dtype)
+        inner = self._rounded(hidden, experts.w2[0]).split(counts)
+        down = [F.linear(x, w.data.to(self.dtype)) for x, w in zip(inner, experts.w2, strict=True)]
+        out = x_TD.new_zeros(x_TD.shape, dtype=self.wide)
+        return out.index_add(0, token, torch.cat(down).to(self.wide))
 
     def hc_pre(
         self,
@@ -244,16 +240,17 @@ class TrainingOps(Composed):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See spec.Ops.hc_pre."""
         streams = x_TMD.shape[1]
-        x_TMD = x_TMD.float()
-        mix = F.linear(x_TMD.flatten(1), fn)
-        y, post, comb = self._pre(x_TMD, mix, base, scale, eps, norm_eps)
+        x_TMD = x_TMD.to(self.wide)
+        mix = F.linear(x_TMD.flatten(1), fn.to(self.wide))
+        y, post, comb = self._pre(x_TMD, mix, base, scale, eps, norm_eps, self.dtype)
         return y, post, balanced(comb.t().reshape(streams, streams, -1), iterations, eps)
 
     def hc_head(
         self, x_TMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float
     ) -> Tensor:
         """See spec.Ops.hc_head."""
-        return hyper.hc_head(x_TMD, fn, base, scale, eps, norm_eps)
+        out: Tensor = self._head(x_TMD.to(self.wide), fn, base, scale, eps, norm_eps)
+        return out
 
     def hc_post(self, y_TD: Tensor, x_TMD: Tensor, post_TM: Tensor, comb_TMM: Tensor) -> Tensor:
         """See spec.Ops.hc_post; comb comes as [M, M, T] from hc_pre above."""
@@ -293,43 +290,59 @@ class Sinkhorn(torch.autograd.Function):
         return soft * (grad - (grad * soft).sum(1, keepdim=True)), None, None
 
 
-def _norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    wide = x.float()
+def _norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    return _wide_norm(x, weight, eps).to(dtype)
+
+
+def _wide_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    wide = x.to(wide_type(x.dtype))
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide if weight is None else wide * weight).bfloat16()
+    return wide if weight is None else wide * weight
 
 
-def _turn(x: Tensor, position: Tensor, frequency: Tensor, inverse: bool) -> Tensor:
-    angle = position.float()[:, None] * frequency
+def _turn(
+    x: Tensor, position: Tensor, frequency: Tensor, inverse: bool, dtype: torch.dtype
+) -> Tensor:
+    wide = wide_type(x.dtype)
+    angle = position.to(wide)[:, None] * frequency.to(wide)
     if x.dim() == 3:
         angle = angle[:, None]
     cos, sin = angle.cos(), angle.sin()
     if inverse:
         sin = -sin
     width = 2 * frequency.numel()
-    even, odd = x[..., -width::2].float(), x[..., 1 - width :: 2].float()
+    even, odd = x[..., -width::2].to(wide), x[..., 1 - width :: 2].to(wide)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
-    return torch.cat((x[..., :-width].float(), turned), dim=-1).bfloat16()
+    return torch.cat((x[..., :-width].to(wide), turned), dim=-1).to(dtype)
 
 
 def _norm_turn(
-    x: Tensor, weight: Tensor | None, eps: float, position: Tensor, frequency: Tensor
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    position: Tensor,
+    frequency: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return _turn(wide if weight is None else wide * weight, position, frequency, False)
+    return _turn(_wide_norm(x, weight, eps), position, frequency, False, dtype)
 
 
-def _gated(wide: Tensor, share: Tensor, limit: float) -> Tensor:
-    gate, up = wide.float().chunk(2, dim=-1)
+def _gated(wide: Tensor, share: Tensor, limit: float, dtype: torch.dtype) -> Tensor:
+    gate, up = wide.to(wide_type(wide.dtype)).chunk(2, dim=-1)
     hidden = F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
-    return (hidden * share[:, None]).bfloat16()
+    return (hidden * share[:, None]).to(dtype)
 
 
 def _pre(
-    x_TMD: Tensor, mix: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float
+    x_TMD: Tensor,
+    mix: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    eps: float,
+    norm_eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Collapsed vector bf16 [T, D], post f32 [T, M], logits of comb f32 [T, M * M]."""
+    """Collapsed vector [T, D], post [T, M], logits of comb [T, M * M]."""
     streams = x_TMD.shape[1]
     factor = torch.rsqrt(x_TMD.square().mean((1, 2)) + norm_eps)
     mix = mix * factor[:, None]
@@ -337,11 +350,11 @@ def _pre(
     middle = slice(streams, 2 * streams)
     post = 2 * torch.sigmoid(mix[:, middle] * scale[1] + base[middle])
     comb = mix[:, 2 * streams :] * scale[2] + base[2 * streams :]
-    return (pre[..., None] * x_TMD).sum(1).bfloat16(), post, comb
+    return (pre[..., None] * x_TMD).sum(1).to(dtype), post, comb
 
 
 def _post(y_TD: Tensor, x_TMD: Tensor, post_TM: Tensor, comb_MMT: Tensor) -> Tensor:
-    spread = post_TM[..., None] * y_TD.float()[:, None]
+    spread = post_TM[..., None] * y_TD.to(x_TMD.dtype)[:, None]
     streams = range(x_TMD.shape[1])
     mixed = [
         torch.stack([comb_MMT[j, k][:, None] * x_TMD[:, j] for j in streams]).sum(0)
@@ -350,63 +363,27 @@ def _post(y_TD: Tensor, x_TMD: Tensor, post_TM: Tensor, comb_MMT: Tensor) -> Ten
     return spread + torch.stack(mixed, dim=1)
 
 
-def _pool(rows_T2W: Tensor, ape: Tensor, ratio: int, sequences: int) -> Tensor:
-    blocks = rows_T2W.float().unflatten(0, (sequences, -1, ratio))
-    value, gate = blocks[:, :, :, 0], blocks[:, :, :, 1] + ape
+def _head(
+    x_TMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float
+) -> Tensor:
+    flat = x_TMD.flatten(1)
+    mix = F.linear(flat, fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+    gate = torch.sigmoid(mix * scale + base) + eps
+    return (gate[..., None] * x_TMD).sum(1)
+
+
+def _pool(rows_T2W: Tensor, ape: Tensor, ratio: int, begins: Tensor) -> Tensor:
+    """Entries [T / ratio, K]; `begins` are the documents' first blocks, which overlap nothing."""
+    blocks = rows_T2W.unflatten(0, (-1, ratio))
+    value, gate = blocks[:, :, 0], blocks[:, :, 1] + ape
     if ratio == 4:
         half = ape.shape[1] // 2
-        old_value = F.pad(value[:, :-1, :, :half], (0, 0, 0, 0, 1, 0))
-        old_gate = F.pad(gate[:, :-1, :, :half], (0, 0, 0, 0, 1, 0), value=-1e30)
-        value = torch.cat((old_value, value[..., half:]), dim=2)
-        gate = torch.cat((old_gate, gate[..., half:]), dim=2)
-    pooled: Tensor = (value * gate.softmax(dim=2)).sum(dim=2)
-    return pooled.flatten(0, 1)
-
-
-def _mix(
-    near: Tensor,
-    far: Tensor | None,
-    hidden: Tensor | None,
-    sink_H: Tensor,
-    sequences: int,
-    length: int,
-    heads: int,
-    ratio: int,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Joint softmax over window scores, entry scores and the sink.
-
-    near  bf16 [B * chunks, 128 * H, 256]; far bf16 [B, L * H, E]; hidden bool [T, E]
-    returns probabilities of the same shapes, and the log denominator f32 [T, H]
-    """
-    chunks = length // WINDOW
-    score = near.float().view(sequences, chunks, WINDOW, heads, 2 * WINDOW)
-    at = torch.arange(WINDOW)[:, None]
-    row = torch.arange(2 * WINDOW) - WINDOW
-    inside = (row <= at) & (row > at - WINDOW)
-    there = (row >= 0) | (torch.arange(chunks)[:, None] > 0)
-    seen = inside[None] & there[:, None]
-    score = torch.where(seen[None, :, :, None], score, -1e30)
-    top = score.amax(-1).view(sequences * length, heads)
-    sink = sink_H.expand(sequences * length, heads)
-    wide = None
-    if far is not None:
-        wide = far.float().view(sequences, length, heads, -1)
-        visible = (torch.arange(length) + 1) // ratio
-        mask = torch.arange(wide.shape[-1]) < visible[:, None]
-        wide = torch.where(mask[None, :, None], wide, -1e30)
-        if hidden is not None:
-            wide = torch.where(hidden.view(sequences, length, 1, -1), -1e30, wide)
-        top = torch.maximum(top, wide.amax(-1).view(sequences * length, heads))
-    top = torch.maximum(top, sink).detach()
-    near_e = torch.exp(score - top.view(sequences, chunks, WINDOW, heads, 1))
-    total = near_e.sum(-1).view(sequences * length, heads) + torch.exp(sink - top)
-    far_e = None
-    if wide is not None:
-        far_e = torch.exp(wide - top.view(sequences, length, heads, 1))
-        total = total + far_e.sum(-1).view(sequences * length, heads)
-    inverse = 1.0 / total
-    p_near = near_e * inverse.view(sequences, chunks, WINDOW, heads, 1)
-    p_far = None
-    if far_e is not None and far is not None:
-        p_far = (far_e * inverse.view(sequences, length, heads, 1)).view(far.shape).bfloat16()
-    return p_near.view(near.shape).bfloat16(), p_far, top + total.log()
+        old_value = F.pad(value[:-1, :, :half], (0, 0, 0, 0, 1, 0))
+        old_gate = F.pad(gate[:-1, :, :half], (0, 0, 0, 0, 1, 0))
+        fresh = torch.zeros(len(gate), dtype=torch.bool, device=gate.device)
+        fresh[begins] = True
+        old_gate = old_gate.masked_fill(fresh[:, None, None], -torch.inf)
+        value = torch.cat((old_value, value[..., half:]), dim=1)
+        gate = torch.cat((old_gate, gate[..., half:]), dim=1)
+    pooled: Tensor = (value * gate.softmax(dim=1)).sum(dim=1)
+    return pooled

@@ -44,7 +44,7 @@ def test_a_released_model_needs_its_dense_part_only(tmp_path: Path) -> None:
 
 def test_without_a_limit_a_part_of_what_is_free_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     from overleap import machine
-    from overleap.weights import mapped_weights
+    from overleap.plan.mapped import mapped_weights
 
     config = ModelConfig.preset("v4-flash")
     weights = mapped_weights(config, 150 * GIB)

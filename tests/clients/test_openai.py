@@ -302,9 +302,17 @@ def test_models_are_listed(server: Live) -> None:
         ({"max_tokens": 2**17}, 400, "the context is 65536"),
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "alien", "content": "x"}]}, 400, "alien"),
-        ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
+        ({"frequency_penalty": 2.5}, 400, "frequency_penalty"),
+        ({"logit_bias": {"3": 101}}, 400, "logit_bias"),
+        ({"logit_bias": {"three": 1}}, 400, "logit_bias"),
+        ({"logit_bias": {"99999999": 1}}, 400, "the vocabulary has"),
         ({"response_format": {"type": "regex", "regex": "("}}, 400, "regex"),
-        ({"tool_choice": "required", "tools": [WEATHER]}, 400, "hinking"),
+        (
+            {
+                "tool_choice": "required", "tools": [WEATHER],
+                "extra_body": {"thinking": {"type": "enabled"}},
+            }, 400, "hinking",
+        ),
         ({"stop": ["x"] * 17}, 400, "stop"),
     ],
 )  # fmt: skip

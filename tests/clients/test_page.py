@@ -3,6 +3,7 @@
 Chromium is Debian's, found by path; the test skips with a reason where it or a library is missing.
 """
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.server.live import Live, live, scripted
+from overleap.config import LayerKind, ModelConfig
+from tests.server.live import MINI, Live, bundled, live, scripted
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")
@@ -98,6 +100,41 @@ def test_a_chat_with_folded_reasoning_and_figures(page: Any) -> None:
     playwright.expect(page.locator("article.assistant")).to_have_count(2)
     ended(page)
     keep(page, "chat")
+
+
+def test_the_plan_of_the_model(page: Any) -> None:
+    plan = page.locator("#plan")
+    playwright.expect(plan).to_contain_text("users at full context")
+    playwright.expect(plan).to_contain_text("1 of 8 at once")
+    playwright.expect(plan).to_contain_text("MiB of")
+    say(page, "hi")
+    ended(page)
+    playwright.expect(plan).to_contain_text("cost of a request so far")
+    playwright.expect(plan).to_contain_text("USD")
+
+
+def test_what_the_indexer_chose_is_shown_by_layer(browser: Any, tmp_path: Path) -> None:
+    """Of the trained model: a picture with a row for each layer that chooses, and its words."""
+    with live(tmp_path, bundled(), profile="mini") as server:
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page.goto(server.url)
+        playwright.expect(page.locator("#model")).to_contain_text("test-model")
+        blank = page.evaluate("() => document.getElementById('chosen').toDataURL()")
+        say(page, "The color of Alice is green. " * 600 + "What is the color of Alice?")
+        ended(page)
+        shown = page.locator("#chosen")
+        playwright.expect(shown).to_have_attribute("aria-label", re.compile(r"layer \d+: \d+ of"))
+        layers = re.findall(r"layer (\d+): (\d+) of (\d+)", shown.get_attribute("aria-label"))
+        config = ModelConfig.from_checkpoint(MINI)
+        choosing = [n for n, kind in enumerate(config.layer_kinds) if kind is LayerKind.CSA]
+        assert [int(layer) for layer, _, _ in layers] == choosing
+        for _, chosen, visible in layers:
+            assert int(chosen) == config.index_topk < int(visible)
+        assert page.evaluate("() => document.getElementById('chosen').toDataURL()") != blank
+        assert page.evaluate("() => document.getElementById('context').value") > 0.05
+        playwright.expect(page.locator("#server")).to_contain_text("cache in use")
+        keep(page, "chosen")
+        page.close()
 
 
 def test_stopping_ends_the_request_in_the_engine(page: Any, server: Live) -> None:

@@ -43,6 +43,11 @@ from overleap.errors import RequestError
         ("max_tokens", None, "expected a whole number"),
         ("stop_ids", (3, -1), "stop_ids holds -1 at 1"),
         ("stop_ids", (3, "x"), "stop_ids holds 'x' at 1"),
+        ("frequency_penalty", 2.1, "frequency_penalty is 2.1"),
+        ("presence_penalty", math.nan, "presence_penalty is nan"),
+        ("presence_penalty", "1", "expected a number"),
+        ("logit_bias", ((3, 101.0),), "logit_bias of 3 is 101.0"),
+        ("logit_bias", ((-3, 1.0),), "logit_bias holds -3 at 0"),
     ],
 )
 def test_sampling_refuses(field: str, value: Any, sentence: str) -> None:

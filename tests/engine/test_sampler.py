@@ -239,3 +239,43 @@ def test_broken_logits_are_refused(bad: float, ops: Ops) -> None:
             sample(logits, Draw(sampling, 0, 5), ops)
     with pytest.raises(BackendError, match="-inf"):
         sample(torch.full((9,), float("-inf")), Draw(Sampling(), 0, 0), ops)
+
+
+def test_penalties_and_bias_move_logits_by_the_definition(ops: Ops, seed: int) -> None:
+    draw = random.Random(seed)
+    logits_V = torch.tensor([draw.gauss(0, 1) for _ in range(50)])
+    said = draw.choices(range(50), k=30)
+    sampling = Sampling(
+        temperature=0, frequency_penalty=0.7, presence_penalty=-0.4, logprobs=2,
+        logit_bias=((3, 2.5), (said[0], -1.0)),
+    )  # fmt: skip
+    expected = [
+        value - 0.7 * said.count(i) + 0.4 * (i in said)
+        + (2.5 if i == 3 else 0) - (1.0 if i == said[0] else 0)
+        for i, value in enumerate(logits_V.tolist())
+    ]  # fmt: skip
+    before = logits_V.clone()
+    where = Draw(sampling, 0, 30, said)
+    assert torch.allclose(sampler.shifted(logits_V, where), torch.tensor(expected), atol=1e-6)
+    token = sample(logits_V, where, ops)
+    assert token.id == max(range(50), key=lambda i: (expected[i], -i))
+    assert torch.equal(logits_V, before), "the row is the model's"
+    plain = torch.log_softmax(logits_V.double(), 0)
+    assert token.logprob == pytest.approx(float(plain[token.id]), abs=1e-5)
+    assert [i for i, _ in token.top_logprobs] == plain.topk(2).indices.tolist()
+
+
+def test_a_bias_of_a_hundred_chooses_and_one_below_bans(ops: Ops, seed: int) -> None:
+    draw = random.Random(seed)
+    logits_V = torch.tensor([draw.gauss(0, 1) for _ in range(20)])
+    wanted = draw.randrange(20)
+    for index in range(40):
+        chosen = Sampling(temperature=1.0, logit_bias=((wanted, 100.0),))
+        banned = Sampling(temperature=1.0, logit_bias=((wanted, -100.0),))
+        assert sample(logits_V, Draw(chosen, seed, index), ops).id == wanted
+        assert sample(logits_V, Draw(banned, seed, index), ops).id != wanted
+    # A constraint holds whatever the bias says.
+    only = bytearray(3)
+    only[0] = 1 << 2
+    forbidden = Sampling(temperature=0, logit_bias=((5, 100.0),))
+    assert sample(logits_V, Draw(forbidden, 0, 0), ops, bytes(only)).id == 2

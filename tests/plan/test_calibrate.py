@@ -88,6 +88,20 @@ def test_a_models_own_runs_come_first() -> None:
     assert forecast(MINI, 1000, 512, [], HERE) is None
 
 
+def test_records_of_the_same_code_come_before_those_of_other_code() -> None:
+    """Code that decodes twice as fast is predicted by its own records once it has two."""
+    old = [replace(run_at(MINI, 1000, d, 2.0), commit="old") for d in ("a", "b")]
+    new = [replace(run_at(MINI, 1000, d), commit="new") for d in ("c", "d")]
+    assert relevant(MINI, [*old, *new], HERE) == (new, True)
+    assert relevant(MINI, [*old, *new], HERE, "old") == (old, True)
+    assert relevant(MINI, old, HERE, "newer") == (old, True)
+    assert all(one.decode_error == pytest.approx(0) for one in check([*old, *new]))
+    (lone,) = check([*old, new[0]])[2:]
+    assert lone.decode_error == pytest.approx(-0.5), "the first run of new code has none beside it"
+    found = forecast(MINI, 1000, 512, [*old, *new], HERE)
+    assert found is not None and found.step_s == pytest.approx(new[0].step_s)
+
+
 def test_no_record_predicts_itself() -> None:
     runs = [run_at(MINI, 1000, "a", 1.0), run_at(MINI, 1000, "b", 2.0)]
     one, two = check(runs)

@@ -18,9 +18,14 @@ from overleap.cache.layout import CacheFormat
 from overleap.chat.profiles import profile_named
 from overleap.chat.tokenizer import Tokenizer
 from overleap.checkpoint import load
+from overleap.config import ModelConfig
+from overleap.engine.choices import Choices
 from overleap.engine.engine import Engine
+from overleap.plan import Load
+from overleap.plan import running as running_plan
 from overleap.server import app, wire
 from overleap.server.auth import create_key
+from overleap.server.costs import load_costs
 from overleap.server.database import Database
 from overleap.server.serve import Parts, assemble, listen
 from overleap.server.service import Service
@@ -46,9 +51,12 @@ class ScriptedModel(FakeModel):
         )
         self.script = script
         self.delay_s = 0.0
+        self.gate: threading.Semaphore | None = None  # a step takes one of it
         self._answers: dict[str, list[int]] = {}
 
     def __call__(self, *given: Any, **named: Any) -> Any:
+        if self.gate is not None:
+            self.gate.acquire()
         if self.delay_s:
             threading.Event().wait(self.delay_s)
         return super().__call__(*given, **named)
@@ -135,7 +143,9 @@ def live(
             slots=slots,
             database=database,
             tiers=table,
+            costs=load_costs(),
             needs_keys=needs_keys,
+            plan=running_plan(Load(ModelConfig.from_checkpoint(MINI), context)),
         )
     )
     loop, made = asyncio.new_event_loop(), threading.Event()
@@ -167,13 +177,21 @@ def live(
 
 
 def scripted(
-    script: Script, *, pages: int = 512, slots: int = 8, delay_s: float = 0.0
+    script: Script,
+    *,
+    pages: int = 512,
+    slots: int = 8,
+    delay_s: float = 0.0,
+    gate: threading.Semaphore | None = None,
 ) -> Callable[[], Engine]:
-    """Makes engines whose model answers from a script; a step takes `delay_s` at least."""
+    """Makes engines whose model answers from a script.
+
+    delay_s  that a step takes at least; gate: every step takes one of it
+    """
 
     def make() -> Engine:
         model = ScriptedModel(script)
-        model.delay_s = delay_s
+        model.delay_s, model.gate = delay_s, gate
         return Engine(
             model,  # type: ignore[arg-type]
             pages=pages,
@@ -190,6 +208,7 @@ def bundled(*, pages: int = 512, slots: int = 8) -> Callable[[], Engine]:
     """Makes engines of the bundled model."""
 
     def make() -> Engine:
-        return Engine(load(MINI), pages=pages, slots=slots, model_digest="mini")
+        model = load(MINI)
+        return Engine(model, pages=pages, slots=slots, model_digest="mini", choices=Choices(model))
 
     return make

@@ -22,7 +22,8 @@ CHECKS = (
 )
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_no_request_breaks_the_server_or_its_description(tmp_path: Path, seed: int) -> None:
     # A body may hold 64 prompts, and two workers ask: a full queue would be a 503 and rightly so.
     with live(tmp_path, scripted(lambda prompt: "Yes."), needs_keys=True, queue=1024) as server:
@@ -30,20 +31,18 @@ def test_no_request_breaks_the_server_or_its_description(tmp_path: Path, seed: i
             sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json",
             "--header", f"Authorization: Bearer {server.key('admin')}",
             "--checks", CHECKS, "--phases", "examples,coverage,fuzzing,stateful",
-            "--max-examples", str(EXAMPLES), "--seed", str(seed), "--workers", "2",
+            "--max-examples", str(EXAMPLES), "--seed", str(seed),
+            # Of its threads: two that parse Python at once end in an error of Python 3.11 itself.
+            "--workers", "1",
             "--exclude-path", "/", "--generation-database", "none",
         ]  # fmt: skip
         done = subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, timeout=580,
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=880,
             env={**os.environ, "NO_COLOR": "1", "COLUMNS": "160"},
         )  # fmt: skip
         assert server.service.bridge.failures == 0
     print(done.stdout[-12000:])
-    cases = re.search(r"Test cases:\s+([\d,]+) generated", done.stdout) or re.search(
-        r"([\d,]+) generated", done.stdout
-    )
+    cases = re.search(r"([\d,]+) generated, ([\d,]+) passed", done.stdout)
     assert cases is not None, done.stderr[-2000:]
-    # Its status is 1 as well when its own generators fail in a thread of its own: what counts is
-    # that every case it made has passed.
-    passed = re.search(r"([\d,]+) generated, ([\d,]+) passed", done.stdout)
-    assert passed is not None and passed[1] == passed[2], "schemathesis found something"
+    assert done.returncode == 0 and cases[1] == cases[2], "schemathesis found something"
+    assert int(cases[1].replace(",", "")) >= 2000

@@ -32,7 +32,9 @@ Told = dict[str, tuple[int, int, int]]  # request -> cache-hit, cache-miss and o
 
 
 @contextmanager
-def served(ledger: Path) -> Iterator[tuple["subprocess.Popen[str]", int, float]]:
+def served(
+    ledger: Path | str, *options: str
+) -> Iterator[tuple["subprocess.Popen[str]", int, float]]:
     """A server on the bundled model: its process, its port, and how long until it was ready.
 
     In seconds of processor, which do not depend on what else the machine does.
@@ -40,7 +42,7 @@ def served(ledger: Path) -> Iterator[tuple["subprocess.Popen[str]", int, float]]
     deadline = time.monotonic() + 120
     command = [
         sys.executable, "-m", "overleap.cli", "serve", "--port", "0", "--keys", "--no-keep",
-        "--ledger", str(ledger),
+        "--ledger", str(ledger), *options,
     ]  # fmt: skip
     environment = os.environ | {"COLUMNS": "500"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
@@ -112,7 +114,6 @@ def chat(connection: http.client.HTTPConnection, key: str, draw: random.Random, 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_server_killed_under_load(tmp_path: Path, seed: int) -> None:
-    pytest.importorskip("overleap.server.serve", reason="needs the HTTP server")
     draw, told = random.Random(seed), Told()
     ledger = tmp_path / "ledger.sqlite"
     database = Database(str(ledger))

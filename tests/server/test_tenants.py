@@ -23,6 +23,13 @@ def post(url: str, path: str, body: dict[str, Any], key: str) -> dict[str, Any]:
     return found
 
 
+def get(url: str, path: str, key: str) -> dict[str, Any]:
+    request = urllib.request.Request(url + path, headers={"authorization": f"Bearer {key}"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        found: dict[str, Any] = json.loads(response.read())
+    return found
+
+
 def test_no_prefix_crosses_from_key_to_key(tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)
     with live(tmp_path, scripted(lambda prompt: "Yes."), needs_keys=True) as server:

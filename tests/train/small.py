@@ -3,13 +3,11 @@
 import torch
 from torch import Tensor
 
-from overleap.cache.layout import CacheFormat
-from overleap.cache.state import Cache
 from overleap.config import ModelConfig, Yarn
-from overleap.kernels.spec import Ops
-from overleap.model.indexer import IndexerTap
-from overleap.model.transformer import Batch, Output, Transformer
+from overleap.train.data import Row, Tasks, Text
 from overleap.train.initial import initial_weights
+from overleap.train.passes import Pass
+from overleap.train.recipe import Recipe, Stage
 
 
 def small_config(**changes: object) -> ModelConfig:
@@ -37,34 +35,58 @@ def small_config(**changes: object) -> ModelConfig:
     return config.with_(**changes)
 
 
-def trained_model(config: ModelConfig, ops: Ops | None, seed: int) -> Transformer:
-    model = Transformer(config, ops)
-    model.assign(initial_weights(config, seed))
-    for p in model.parameters():
-        p.requires_grad_(p.is_floating_point())
-    return model
+def small_recipe(seed: int, steps: int, **changes: object) -> Recipe:
+    """Facts in text, then a last step that is sparse, rounded, longer and has a draft loss."""
+    mixture = (Tasks(0.5, "fact", 4, 4), Text(0.5))
+    stages = (
+        Stage(steps - 1, 256, 2, mixture, language=0.3),
+        Stage(1, 384, 2, mixture, sparse=True, rounding=True, mtp=0.3),
+    )
+    fields: dict[str, object] = {
+        "config": small_config(index_topk=16),
+        "stages": stages,
+        "seed": seed,
+        "vocabulary": 4096,
+        "warmup_steps": 1,
+        "group_tokens": 256,
+        "compiled": False,
+    }
+    return Recipe(**(fields | changes))  # type: ignore[arg-type]
 
 
-def step(model: Transformer, ids: Tensor) -> tuple[Output, list[IndexerTap], Batch, Cache]:
-    """All logits of [B, L] tokens from position 0 in a fresh wide cache."""
-    sequences, length = ids.shape
-    pages = sequences * length // 128
-    cache = Cache(model.config, pages=pages, slots=sequences, format=CacheFormat.WIDE)
-    parts = []
-    for row in ids.tolist():
-        sequence = cache.open()
-        cache.reserve(sequence, length)
-        parts.append((sequence, row))
-    batch = Batch.of(parts, cache, "all")
-    taps: list[IndexerTap] = []
-    return model(batch, cache, taps), taps, batch, cache
+def lively_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
+    """First values, moved so that no part of the model is without effect."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: tensor + 0.3 * tensor.abs().mean().clamp(min=0.3) * _noise(tensor, generator)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in initial_weights(config, seed).items()
+    }
+
+
+def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(tensor.shape, generator=generator)
+
+
+def pass_of(
+    config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype, **changes: object
+) -> Pass:
+    recipe = small_recipe(0, 2, config=config, **changes)
+    return Pass(recipe, {n: t.clone() for n, t in weights.items()}, dtype)
+
+
+def random_row(counts: list[int], seed: int, vocabulary: int = 4096) -> Row:
+    """Documents of random tokens, everything learned, nothing asked."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, vocabulary, (sum(counts),), generator=generator).tolist()
+    learn, end = [True] * len(ids), 0
+    for count in counts:
+        end += count
+        learn[end - 1] = False
+    return Row(ids, counts, learn, [], [])
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
-    ours, theirs = ours.detach(), theirs.detach()
+    ours, theirs = ours.detach().double(), theirs.detach().double()
     return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-12))
-
-
-def random_ids(sequences: int, length: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 4096, (sequences, length), generator=generator)

@@ -4,16 +4,18 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from overleap.kernels.torch.linear import hadamard, rotate
 from overleap.train import losses
+from overleap.train.attend import Tiles
 from overleap.train.losses import Asked, Index
 from overleap.train.ops import Seen
 
 
 def test_masks_allow_the_visible_past_and_other_documents(seed: int) -> None:
-    asked = Asked(torch.tensor([100, 128 + 60]), torch.tensor([17, 128 + 40]), 128)
-    allowed, gold = losses.entry_masks(asked, 2, 32)
+    asked = two_questions()
+    allowed, gold = losses.entry_masks(asked, 64)
     assert allowed[0].tolist() == [True] * 25 + [False] * 7 + [True] * 32
     assert allowed[1].tolist() == [True] * 32 + [True] * 15 + [False] * 17
     assert gold[0].nonzero().flatten().tolist() == [4, 5]
@@ -22,14 +24,14 @@ def test_masks_allow_the_visible_past_and_other_documents(seed: int) -> None:
 
 def test_retrieval_is_zero_when_all_mass_is_on_the_fact(seed: int) -> None:
     torch.manual_seed(seed)
-    asked = Asked(torch.tensor([100]), torch.tensor([17]), 128)
+    asked = Asked(*(torch.tensor([n]) for n in (100, 17, 0, 128)))
     queries = 0.5 + torch.rand(128, 2, 16)  # no head turns away from what another looks for
-    entries = torch.zeros(1, 32, 16)
-    entries[0, 4] = queries[100].sum(0) * 100
+    entries = torch.zeros(32, 16)
+    entries[4] = queries[100].sum(0) * 100
     sink = torch.zeros(2)
     loss, top = losses.retrieval_loss((queries, entries, sink, sink), asked, None, None)
     assert loss < 1e-3 and top == 1
-    entries[0, 4] = 0  # 25 visible entries and the sink share alike, two of them hold the fact
+    entries[4] = 0  # 25 visible entries and the sink share alike, two of them hold the fact
     loss, _ = losses.retrieval_loss((queries, entries, sink, sink), asked, None, None)
     assert float(loss) == pytest.approx(math.log(26 / 2), rel=1e-5)
 
@@ -57,18 +59,18 @@ def test_index_scores_follow_equation_16(seed: int) -> None:
 
 def test_guided_index_loss_does_not_mind_the_hadamard_transform(seed: int) -> None:
     torch.manual_seed(seed)
-    asked = Asked(torch.tensor([100, 128 + 60]), torch.tensor([17, 128 + 40]), 128)
+    asked = two_questions()
     q, keys = torch.randn(256, 2, 16), torch.randn(64, 16)
     weight, none = torch.randn(256, 2), torch.zeros(2)
     plain = Index(q, weight, keys)
     mixed = Index(hadamard(q), weight, hadamard(keys))
     frequency = torch.rand(4)
-    ours, _ = losses.guided_index_loss(mixed, asked, 2, frequency, none)
+    ours, _ = losses.guided_index_loss(mixed, asked, frequency, none)
     theirs, _ = losses.guided_index_loss(
-        Index(hadamard(plain.queries), weight, hadamard(plain.keys)), asked, 2, frequency, none
+        Index(hadamard(plain.queries), weight, hadamard(plain.keys)), asked, frequency, none
     )
     scores = losses.index_scores(q[asked.at_N], weight[asked.at_N], keys)
-    allowed, gold = losses.entry_masks(asked, 2, 32)
+    allowed, gold = losses.entry_masks(asked, 64)
     chance = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
     want = -(chance * gold).sum(-1).log().mean()
     torch.testing.assert_close(ours, theirs)
@@ -77,40 +79,80 @@ def test_guided_index_loss_does_not_mind_the_hadamard_transform(seed: int) -> No
 
 def test_distillation_is_zero_for_a_student_that_agrees(seed: int) -> None:
     torch.manual_seed(seed)
-    length, heads, width = 64, 1, 8
-    queries, entries = torch.randn(length, heads, width), torch.randn(1, 16, width)
+    length, heads, width = 128, 1, 8
+    tiles = Tiles.of([length])
+    queries, entries = torch.randn(length, heads, width), torch.randn(32, width)
     lse = torch.full((length, heads), 3.0)
     seen = (queries, entries, torch.zeros(heads), lse)
     rows = torch.arange(3, length)
     # relu(x) - relu(-x) = x: two heads of opposite sign score exactly the attention's logits.
     q = torch.cat((queries, -queries), dim=1)
     weight = torch.tensor([[1.0, -1.0]]).expand(length, 2) * width**-0.5
-    agrees = losses.distillation_loss(seen, Index(q, weight, entries[0]), rows, length)
+    agrees = losses.distillation_loss(seen, Index(q, weight, entries), rows, tiles)
     assert abs(float(agrees)) < 1e-4
-    other = Index(torch.randn(length, 2, width), weight, entries[0])
-    assert losses.distillation_loss(seen, other, rows, length) > 0.01
+    other = Index(torch.randn(length, 2, width), weight, entries)
+    assert losses.distillation_loss(seen, other, rows, tiles) > 0.01
 
 
 def test_distillation_has_no_gradient_for_its_teacher(seed: int) -> None:
     torch.manual_seed(seed)
-    queries = torch.randn(64, 1, 8, requires_grad=True)
-    entries = torch.randn(1, 16, 8, requires_grad=True)
-    keys = torch.randn(16, 8, requires_grad=True)
-    seen = (queries, entries, torch.zeros(1), torch.zeros(64, 1))
-    index = Index(torch.randn(64, 2, 8), torch.rand(64, 2), keys)
-    losses.distillation_loss(seen, index, torch.arange(64), 64).backward()
+    queries = torch.randn(128, 1, 8, requires_grad=True)
+    entries = torch.randn(32, 8, requires_grad=True)
+    keys = torch.randn(32, 8, requires_grad=True)
+    seen = (queries, entries, torch.zeros(1), torch.zeros(128, 1))
+    index = Index(torch.randn(128, 2, 8), torch.rand(128, 2), keys)
+    losses.distillation_loss(seen, index, torch.arange(128), Tiles.of([128])).backward()
     assert queries.grad is None and entries.grad is None
     assert keys.grad is not None and keys.grad.norm() > 0
 
 
+def test_distillation_slopes_equal_finite_differences(seed: int) -> None:
+    torch.manual_seed(seed)
+    double = {"dtype": torch.float64}
+    tiles = Tiles.of([128, 256])
+    queries, entries = torch.randn(384, 2, 6, **double), torch.randn(96, 6, **double)
+    lse = torch.randn(384, 2, **double) + 3
+    rows = torch.randint(384, (12,))
+
+    def loss(q: Tensor, weight: Tensor, keys: Tensor) -> Tensor:
+        seen = (queries, entries, torch.zeros(2, **double), lse)
+        return losses.distillation_loss(seen, Index(q, weight, keys), rows, tiles)
+
+    index = (
+        torch.randn(384, 2, 4, **double, requires_grad=True),
+        torch.randn(384, 2, **double, requires_grad=True),
+        torch.randn(96, 4, **double, requires_grad=True),
+    )
+    assert torch.autograd.gradcheck(loss, index, fast_mode=True)
+
+
 def test_balance_is_least_when_even_and_biases_move_against_load() -> None:
-    affinity = torch.ones(8, 4)
-    even = torch.tensor([[0, 1], [2, 3]] * 4)
-    crowded = torch.tensor([[0, 1]] * 8)
+    tiles = Tiles.of([128])
+    affinity = torch.ones(128, 4)
+    even = torch.tensor([[0, 1], [2, 3]] * 64)
+    crowded = torch.tensor([[0, 1]] * 128)
     lean = affinity + torch.tensor([1.0, 1.0, 0.0, 0.0])
     bias = torch.zeros(4)
-    fair = losses.balance_loss(Seen(routing=[(affinity, even, bias)]), 8)
-    unfair = losses.balance_loss(Seen(routing=[(lean, crowded, bias)]), 8)
+    fair = losses.balance_loss(Seen(routing=[(affinity, even, bias)]), tiles)
+    unfair = losses.balance_loss(Seen(routing=[(lean, crowded, bias)]), tiles)
     assert float(fair) == pytest.approx(1.0) and unfair > fair
-    losses.move_biases(Seen(routing=[(lean, crowded, bias)]), 0.001)
+    ((found, load),) = losses.load_of(Seen(routing=[(lean, crowded, bias)]))
+    losses.move_bias(found, load, 0.001)
     torch.testing.assert_close(bias, torch.tensor([-0.001, -0.001, 0.001, 0.001]))
+
+
+def test_balance_is_a_mean_over_documents(seed: int) -> None:
+    torch.manual_seed(seed)
+    affinity, ids = torch.rand(640, 4), torch.randint(4, (640, 2))
+    first, second = (
+        losses.balance_loss(Seen(routing=[(affinity[part], ids[part], None)]), Tiles.of([count]))
+        for part, count in ((slice(128), 128), (slice(128, 640), 512))
+    )
+    both = losses.balance_loss(Seen(routing=[(affinity, ids, None)]), Tiles.of([128, 512]))
+    torch.testing.assert_close(both, (first * 128 + second * 512) / 640)
+
+
+def two_questions() -> Asked:
+    """One in each of two documents of 128 tokens."""
+    numbers = ((100, 128 + 60), (17, 128 + 40), (0, 128), (128, 256))
+    return Asked(*map(torch.tensor, numbers))

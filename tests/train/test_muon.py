@@ -1,11 +1,14 @@
-"""Muon: updates are orthogonal, of the stated size, and a run resumes where it stopped."""
+"""Muon: updates as the report writes them, of the stated size; the rest is AdamW."""
+
+import math
 
 import pytest
 import torch
 
 from overleap.kernels import select
 from overleap.kernels.torch.orthogonalise import orthogonalise
-from overleap.train.muon import UPDATE_RMS, Optimizer, is_matrix
+from overleap.train.muon import UPDATE_RMS, Optimizer, is_matrix, logical_rows
+from tests.train.small import lively_weights, pass_of, small_config
 
 OPS = select("torch")
 
@@ -36,20 +39,78 @@ def test_an_update_has_the_stated_size(seed: int) -> None:
     torch.manual_seed(seed)
     weight = torch.nn.Parameter(torch.randn(48, 96))
     before = weight.detach().clone()
-    optimizer = Optimizer([("layers.0.attn.wkv.weight", weight)], OPS)
+    optimizer = Optimizer([("layers.0.attn.wkv.weight", weight)], OPS, weight_decay=0.0)
     weight.grad = torch.randn_like(weight)
     optimizer.step(0.5, 0.0)
     moved = (weight.detach() - before).square().mean().sqrt()
     assert moved == pytest.approx(0.5 * UPDATE_RMS, rel=0.05)
 
 
-def test_adam_takes_what_is_not_a_matrix(seed: int) -> None:
+def test_updates_equal_an_independent_formulation(seed: int) -> None:
+    """Algorithm 1 in float64 with loops, over several steps; bf16 products keep two digits."""
+    torch.manual_seed(seed)
+    weight = torch.nn.Parameter(torch.randn(24, 40))
+    optimizer = Optimizer([("layers.0.attn.wkv.weight", weight)], OPS)
+    w, m = weight.detach().double().clone(), torch.zeros(24, 40, dtype=torch.float64)
+    for _ in range(4):
+        grad = torch.randn(24, 40)
+        weight.grad = grad.clone()
+        optimizer.step(0.05, 0.0)
+        m = 0.95 * m + grad.double()
+        x = 0.95 * m + grad.double()
+        x = x / (x * x).sum().sqrt()
+        for step in range(10):
+            a, b, c = (3.4445, -4.7750, 2.0315) if step < 8 else (2.0, -1.5, 0.5)
+            x = a * x + b * (x @ x.t() @ x) + c * (x @ x.t() @ x @ x.t() @ x)
+        change = x * math.sqrt(40) * 0.18
+        w = w * (1 - 0.05 * 0.1) - 0.05 * change
+        total = (weight.detach() - w).norm() / (0.05 * change).norm()
+        assert total < 0.1, "the sum of all rounding so far, as a share of one update"
+
+
+def test_stored_matrices_are_updated_part_by_part(seed: int) -> None:
+    """Groups of the output projection, series of a compressor, maps of a connection, experts."""
+    torch.manual_seed(seed)
+    config = small_config()
+    assert logical_rows("layers.1.attn.wo_a.weight", config) == (16, 16)
+    assert logical_rows("layers.1.attn.compressor.wkv.weight", config) == (80, 80)
+    assert logical_rows("layers.2.attn.compressor.wkv.weight", config) is None
+    assert logical_rows("layers.1.attn.indexer.compressor.wgate.weight", config) == (32, 32)
+    assert logical_rows("layers.0.hc_ffn_fn", config) == (4, 4, 16)
+    assert logical_rows("layers.0.attn.wkv.weight", config) is None
+    assert logical_rows("layers.0.ffn.experts.1.w1.weight", config) is None
+    name, shape = "layers.0.hc_attn_fn", (24, 128)
+    whole = torch.nn.Parameter(torch.zeros(shape))
+    optimizer = Optimizer([(name, whole)], OPS, config)
+    whole.grad = torch.randn(shape)
+    optimizer.step(1.0, 0.0)
+    parts, grads = (t.split([4, 4, 16]) for t in (whole.detach(), whole.grad))
+    for part, grad in zip(parts, grads, strict=True):
+        alone = torch.nn.Parameter(torch.zeros_like(part))
+        other = Optimizer([("layers.0.w", alone)], OPS)
+        alone.grad = grad.clone()
+        other.step(1.0, 0.0)
+        torch.testing.assert_close(part, alone.detach(), atol=2e-2, rtol=2e-2)
+        assert torch.linalg.svdvals(part / (0.18 * math.sqrt(128))).min() > 0.9
+
+
+def test_who_is_a_matrix(seed: int) -> None:
+    model = pass_of(small_config(), lively_weights(small_config(), seed), torch.float32).model
+    others = {n for n, p in model.named_parameters() if p.requires_grad and not is_matrix(n, p)}
+    kinds = {".".join(n.split(".")[-2:]) if "norm" not in n else "norm" for n in others}
+    kinds = {k.split(".")[-1] if k.split(".")[0].isdigit() else k for k in kinds}
+    assert kinds == {
+        "embed.weight", "head.weight", "norm", "attn.attn_sink", "compressor.ape", "hc_attn_base",
+        "hc_attn_scale", "hc_ffn_base", "hc_ffn_scale", "hc_head_base", "hc_head_scale",
+    }  # fmt: skip
+
+
+def test_adamw_takes_what_is_not_a_matrix(seed: int) -> None:
     torch.manual_seed(seed)
     ours = torch.nn.Parameter(torch.randn(40, 8))
     theirs = torch.nn.Parameter(ours.detach().clone())
-    assert not is_matrix("embed.weight", ours) and is_matrix("layers.0.attn.wkv.weight", ours)
     optimizer = Optimizer([("embed.weight", ours)], OPS)
-    reference = torch.optim.Adam([theirs], lr=0.01, betas=(0.9, 0.95), eps=1e-12)
+    reference = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), eps=1e-20, weight_decay=0.1)
     for _ in range(5):
         ours.grad = torch.randn_like(ours)
         theirs.grad = ours.grad.clone()

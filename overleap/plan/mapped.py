@@ -1,11 +1,13 @@
 """Bytes of a model's weights in memory: what must stay there, and what may come and go.
 
-Not here: a cache's bytes (cache/layout.py), who comes and goes (engine/resident.py). No torch.
+Not here: how many weights there are (weights.py), who comes and goes (engine/resident.py).
+No torch.
 """
 
 from dataclasses import dataclass
 
 from overleap.config import ModelConfig
+from overleap.plan.weights import expert_bytes
 
 PAGE_BYTES = 4096  # of memory; where pages are larger, rows of the embedding take a bit more
 
@@ -33,17 +35,6 @@ class Weights:
         """All but the experts, for texts of so many tokens."""
         row = -(-self.row_bytes // PAGE_BYTES) + 1
         return self.fixed_bytes + min(self.table_bytes, tokens * row * PAGE_BYTES)
-
-
-def expert_bytes(config: ModelConfig) -> int:
-    """Bytes of one routed expert as it is stored: 12.75 MiB for V4-Flash."""
-    elements = config.hidden_size * config.moe_intermediate_size
-    if config.expert_dtype == "fp4":
-        return 3 * (elements // 2 + elements // 32)  # a scale for 32 values
-    if config.quantization_config is not None:
-        blocks = -(-config.hidden_size // 128) * -(-config.moe_intermediate_size // 128)
-        return 3 * (elements + blocks)
-    return 3 * elements * (4 if config.torch_dtype == "float32" else 2)
 
 
 def mapped_weights(config: ModelConfig, file_bytes: int) -> Weights:

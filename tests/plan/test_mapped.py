@@ -9,7 +9,8 @@ import pytest
 from overleap.checkpoint import Checkpoint, tensor_table
 from overleap.checkpoint.files import DTYPES
 from overleap.config import ModelConfig
-from overleap.weights import PAGE_BYTES, Weights, expert_bytes, mapped_weights
+from overleap.plan.mapped import PAGE_BYTES, Weights, mapped_weights
+from overleap.plan.weights import expert_bytes
 from tests.checkpoints import FORMS, random_tensors, tiny_config, write_checkpoint
 
 

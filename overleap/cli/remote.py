@@ -1,0 +1,154 @@
+"""A conversation with a server, over Chat Completions: no model, no torch on this machine.
+
+Any server of that API will do. Not here: the prompt's lines (talk.py).
+"""
+
+import json
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from overleap.cli import screen
+from overleap.errors import RequestError
+
+SILENCE_S = 60.0  # a server that says nothing for so long is gone; ours gives a sign every 5 s
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A server.
+
+    url  up to /v1 or before it; key: "" for none
+    Raises RequestError for an address that is none, or where nobody answers.
+    """
+
+    url: str
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise RequestError(
+                f"--url is {self.url!r}", "it is an address like http://127.0.0.1:8000"
+            )
+        if parts.scheme == "http" and self.key and parts.hostname not in ("127.0.0.1", "localhost"):
+            screen.note(f"the key goes to {parts.hostname} unencrypted")
+
+    def model(self) -> str:
+        """The first model that it serves."""
+        with self._open("/models", None) as response:
+            found = _read(response)
+        data = found.get("data") if isinstance(found, dict) else None
+        if not data:
+            raise RequestError(f"{self.url} serves no model", "name one with --model")
+        return str(data[0]["id"])
+
+    def say(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Stream an answer to the screen; the message, as it goes back with the next question.
+
+        Raises RequestError with the server's own sentence where it refuses or breaks off.
+        """
+        began, first, usage = time.monotonic(), None, None
+        content: list[str] = []
+        reasoning: list[str] = []
+        asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        with self._open("/chat/completions", asked) as response:
+            for event in _events(response):
+                if "error" in event:
+                    raise RequestError(f"the server broke off: {event['error'].get('message')}")
+                usage = event.get("usage") or usage
+                for choice in event.get("choices", ()):
+                    delta = choice["delta"]
+                    if delta.get("reasoning_content"):
+                        reasoning.append(delta["reasoning_content"])
+                        screen.talk.print(reasoning[-1], style="dim", end="", markup=False)
+                    if delta.get("content"):
+                        content.append(delta["content"])
+                        sys.stdout.write(content[-1])
+                        sys.stdout.flush()
+                    first = first or (time.monotonic() if content or reasoning else None)
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        _account(usage, began, first)
+        answer = {"role": "assistant", "content": "".join(content)}
+        return answer | ({"reasoning_content": "".join(reasoning)} if reasoning else {})
+
+    def _open(self, path: str, body: Mapping[str, Any] | None) -> Any:
+        base = self.url.rstrip("/")
+        base += "" if base.endswith("/v1") else "/v1"
+        headers = {"content-type": "application/json"}
+        if self.key:
+            headers["authorization"] = f"Bearer {self.key}"
+        raw = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(base + path, raw, headers)
+        try:
+            return urllib.request.urlopen(request, timeout=SILENCE_S)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise RequestError(_refusal(error)) from None
+        except OSError as error:  # of which URLError is one
+            reason = getattr(error, "reason", error)
+            raise RequestError(f"{self.url} does not answer: {reason}") from None
+
+
+def _refusal(error: urllib.error.HTTPError) -> str:
+    said = _read(error)
+    inner = said.get("error") if isinstance(said, dict) else None
+    message = inner.get("message") if isinstance(inner, dict) else error.reason
+    return f"the server refused ({error.code}): {message}"
+
+
+def _read(response: Any) -> Any:
+    try:
+        return json.loads(response.read())
+    except ValueError:
+        return None
+
+
+def _events(response: Any) -> Iterator[dict[str, Any]]:
+    """The data of server-sent events, up to [DONE]."""
+    try:
+        for line in response:
+            if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
+                yield json.loads(line[6:])
+    except (OSError, ValueError) as error:
+        raise RequestError(f"the server broke off: {error}") from None
+
+
+def _account(usage: Mapping[str, Any] | None, began: float, first: float | None) -> None:
+    if usage is None or first is None:
+        return
+    read, written = usage["prompt_tokens"], usage["completion_tokens"]
+    hit = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+    seconds = time.monotonic() - first
+    parts = [
+        f"{read:,} tokens read ({hit:,} cached)",
+        f"first token after {first - began:.2f} s",
+        f"{written:,} written" + (f", {written / seconds:,.1f} tokens/s" if seconds > 0 else ""),
+    ]
+    screen.note(" · ".join(parts))
+
+
+def conversation(
+    remote: Remote, lines: Iterator[str], settings: Mapping[str, Any], model: str | None
+) -> None:
+    """Say each line and show the answer; /new starts over. A refused line is not remembered."""
+    name = model or remote.model()
+    screen.note(f"talking with {name} at {remote.url}")
+    messages: Sequence[Mapping[str, Any]] = []
+    for line in lines:
+        if line == "/new":
+            messages = []
+            continue
+        said = [*messages, {"role": "user", "content": line}]
+        try:
+            answer = remote.say({"model": name, "messages": said, **settings})
+        except RequestError as error:
+            screen.show_error(error)
+            continue
+        messages = [*said, answer]

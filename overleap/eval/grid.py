@@ -1,0 +1,147 @@
+"""Planted tasks by depth and length: who asks, what was right, and the heat map of it.
+
+The tasks are those of tasks.py, between the lines of a real text. Read next: reader.py.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from overleap.chat.tokenizer import ASSISTANT, END_THINK, USER
+from overleap.errors import OverleapError, RequestError
+from overleap.eval.needle import stdlib_text
+from overleap.eval.reader import Progress, Reader
+from overleap.eval.tasks import Kind, Task, draw_tasks
+
+BANDS = 8  # of depth, in the heat map
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question: `depth` of its last sentence in the text, from 0.0 to 1.0."""
+
+    tokens: int
+    seed: int
+    kind: str
+    depth: float
+    question: str
+    answer: str
+    reply: str
+    right: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def document(
+    reader: Reader, tokens: int, tasks: Sequence[Task], seed: int, text: str | None = None
+) -> tuple[list[int], dict[int, float]]:
+    """Ids of about `tokens` tokens of text with the tasks in it; depth of every task by its id().
+
+    text  else the standard library's sources, shuffled by the seed
+    Raises RequestError when the text is too short.
+    """
+    rng = random.Random(f"{seed}/{tokens}")
+    planted = [sentence for task in tasks for sentence in task.sentences]
+    room = tokens - 32 - sum(len(reader.tokenizer.encode(one)) + 2 for one in planted)
+    text = stdlib_text(seed) if text is None else text
+    start = rng.randrange(max(1, len(text) - 6 * tokens))
+    ids = reader.tokenizer.encode(text[start : start + 6 * tokens])[: max(room, 0)]
+    if room < 1 or len(ids) < room:
+        raise RequestError(f"a text of {len(ids)} tokens was found, {max(room, 1)} are needed")
+    lines = reader.tokenizer.decode(ids).splitlines(keepends=True)
+    sentences = [(task, i) for task in tasks for i in range(len(task.sentences))]
+    places = sorted(rng.randrange(len(lines) + 1) for _ in sentences)
+    rng.shuffle(sentences)
+    waiting = {id(task): iter(task.sentences) for task in tasks}
+    out: list[str] = []
+    depth: dict[int, float] = {}
+    start = 0
+    for place, (task, _) in zip(places, sentences, strict=True):
+        out += lines[start:place]
+        if out and not out[-1].endswith("\n"):
+            out.append("\n")
+        out.append(f"{next(waiting[id(task)])}\n")
+        depth[id(task)] = round(place / max(len(lines), 1), 4)
+        start = place
+    whole = "".join([*out, *lines[start:]]).rstrip() + "\n\n"
+    tokenizer = reader.tokenizer
+    return [tokenizer.bos_id, tokenizer.id_of(USER), *tokenizer.encode(whole)], depth
+
+
+def grid(
+    reader: Reader,
+    lengths: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    kind: Kind = "fact",
+    tasks: int = 8,
+    size: int = 2,
+    text: str | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Asked]:
+    """Every question of every document, one document a length and seed."""
+    tokenizer = reader.tokenizer
+    ending = [tokenizer.id_of(ASSISTANT), tokenizer.id_of(END_THINK)]
+    for length in lengths:
+        for seed in seeds:
+            drawn = draw_tasks(tasks, random.Random(seed), kind=kind, size=size)
+            ids, depth = document(reader, length, drawn, seed, text)
+            most = 4 * max(len(task.answer) for task in drawn)
+            cache, sequence = reader.read(ids, 64 + most, progress)
+            for task in drawn:
+                reply = reader.ask(cache, sequence, tokenizer.encode(task.question) + ending, most)
+                said = tokenizer.decode(reply).strip()
+                right = task.is_answered_by(said)
+                yield Asked(
+                    len(ids), seed, kind, depth[id(task)], task.question, " ".join(task.answer),
+                    said, right,
+                )  # fmt: skip
+
+
+def draw(found: Sequence[Asked], path: Path) -> Path:
+    """A PNG: share of right answers by depth (down) and length (across).
+
+    Raises OverleapError where matplotlib (extra `plots`) is missing or nothing was asked.
+    """
+    if not found:
+        raise OverleapError("nothing was asked, so there is nothing to draw")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise OverleapError(
+            f"a picture needs matplotlib, which is not there ({error})",
+            "pip install overleap[plots]",
+        ) from None
+    # Documents of one length differ by a few tokens: two significant bits name a column.
+    lengths = sorted({_column(one.tokens) for one in found})
+    cells: list[list[list[bool]]] = [[[] for _ in lengths] for _ in range(BANDS)]
+    for one in found:
+        band = min(int(one.depth * BANDS), BANDS - 1)
+        cells[band][lengths.index(_column(one.tokens))].append(one.right)
+    shares = [[sum(c) / len(c) if c else float("nan") for c in row] for row in cells]
+    figure = Figure(figsize=(1.6 + 1.1 * len(lengths), 4.2), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    for band, row in enumerate(cells):
+        for column, cell in enumerate(row):
+            axes.text(
+                column, band, f"{sum(cell)}/{len(cell)}" if cell else "", ha="center", va="center"
+            )
+    axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
+    axes.set_yticks(range(BANDS), [f"{(band + 0.5) / BANDS:.0%}" for band in range(BANDS)])
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("depth")
+    axes.set_title(f"{found[0].kind}: share of right answers")
+    figure.colorbar(image)
+    figure.savefig(path, format="png", dpi=130)
+    return path
+
+
+def _column(tokens: int) -> int:
+    """A length as people name it: rounded up to a multiple of a quarter of its power of two."""
+    unit = max(1 << max(tokens.bit_length() - 3, 0), 1)
+    return -(-tokens // unit) * unit

@@ -1,0 +1,162 @@
+"""What a run keeps on disk: weights in the official layout, state beside them, the loss picture.
+
+    checkpoints/step-000120/              any command takes this folder as a model
+    checkpoints/step-000120.state-0       optimiser tensors and facts of rank 0
+
+The state is written first and a folder appears whole or not at all, so that a killed run finds the
+newest pair intact. Not here: when (loop.py), the layout (checkpoint/).
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from overleap.checkpoint import Checkpoint, save
+from overleap.checkpoint.load import open_checkpoint
+from overleap.config import ModelConfig
+from overleap.errors import TrainingError
+
+KEEP = 2  # checkpoints that stay
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps with a whole checkpoint, ascending."""
+    home = folder / "checkpoints"
+    found = []
+    for path in home.iterdir() if home.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir() and _states(folder, int(match[1])):
+            found.append(int(match[1]))
+    return sorted(found)
+
+
+def newest(folder: Path) -> int | None:
+    """Step of the newest whole checkpoint."""
+    found = steps(folder)
+    return found[-1] if found else None
+
+
+def place(folder: Path, step: int) -> Path:
+    """The model folder of a checkpoint."""
+    return folder / "checkpoints" / f"step-{step:06d}"
+
+
+def _states(folder: Path, step: int) -> list[Path]:
+    home = place(folder, step)
+    return sorted(home.parent.glob(f"{home.name}.state-*[0-9]"))
+
+
+def save_state(
+    folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, Any], rank: int
+) -> None:
+    """Optimiser tensors and facts of one rank, written beside and moved into place."""
+    home = place(folder, step)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    target = home.with_name(f"{home.name}.state-{rank}")
+    partial = target.with_name(f"{target.name}.partial")
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, partial, {"facts": json.dumps(facts)})
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, target)
+
+
+def save_weights(folder: Path, step: int, weights: dict[str, Tensor], config: ModelConfig) -> None:
+    """The model folder of a checkpoint, in float32; older ones go."""
+    target = place(folder, step)
+    if not target.exists():
+        wide = config.with_(torch_dtype="float32", expert_dtype=None, quantization_config=None)
+        plain = {name: tensor.detach().cpu() for name, tensor in weights.items()}
+        save(plain, wide, target, companions=[folder / "tokenizer.json"])
+    for old in steps(folder)[:-KEEP]:
+        shutil.rmtree(place(folder, old))
+        for state in _states(folder, old):
+            state.unlink()
+
+
+def load(
+    folder: Path, step: int, config: ModelConfig
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Weights, optimiser tensors of all ranks together, and facts. Raises TrainingError."""
+    state: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
+    for path in _states(folder, step):
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+            state |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if not facts:
+        raise TrainingError(f"{place(folder, step)} has no state beside it")
+    return read_weights(place(folder, step), config), state, facts
+
+
+def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint as float32 (packed ones unpacked), hash tables as they are.
+
+    Raises TrainingError where it is a model of another shape than `config`.
+    """
+    from overleap.kernels.spec import Weight
+    from overleap.kernels.torch.quant import dequantize
+
+    checkpoint: Checkpoint = open_checkpoint(folder)[0]
+    same = {"torch_dtype": "float32", "expert_dtype": None, "quantization_config": None}
+    if checkpoint.config.with_(**same) != config.with_(**same):
+        raise TrainingError(
+            f"{folder} holds another model than the recipe describes",
+            "a recipe with `base` takes its config from that folder",
+        )
+    out: dict[str, Tensor] = {}
+    for name in checkpoint.table:
+        if name.endswith(".scale"):
+            continue
+        tensor = checkpoint.tensor(name)
+        scale = name.removesuffix("weight") + "scale"
+        if scale in checkpoint.table:
+            tensor = dequantize(Weight(tensor, checkpoint.tensor(scale)))
+        out[name] = tensor.float() if tensor.is_floating_point() else tensor.clone()
+    return out
+
+
+def sample(texts: Iterable[str], characters: int, every: int = 1 << 16) -> Iterator[str]:
+    """Pieces of all texts, about `characters` in all, the same ones every time."""
+    pieces = [text[at : at + every] for text in texts for at in range(0, len(text), every)]
+    rng = random.Random(len(pieces))
+    rng.shuffle(pieces)
+    taken = 0
+    for piece in pieces:
+        if taken > characters:
+            return
+        taken += len(piece)
+        yield piece
+
+
+def draw_losses(folder: Path) -> Path | None:
+    """losses.png of log.jsonl; None where matplotlib (extra `plots`) is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    lines = (folder / "log.jsonl").read_text("utf-8").splitlines()
+    log = [record for record in map(json.loads, lines) if "rolled_back_to" not in record]
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for key, label in (("language", "next token"), ("answer", "answers"), ("mtp", "draft block")):
+        points = [(record["step"], record[key]) for record in log if key in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=0.9)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    target = folder / "losses.png"
+    figure.savefig(target, dpi=130)
+    return target

@@ -1,0 +1,77 @@
+"""`overleap chat --url` against a whole server: what it shows, remembers and refuses."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from overleap.cli import app
+from overleap.errors import RequestError
+from tests.server.live import NAME, Live, live, scripted
+
+
+def script(prompt: str) -> str:
+    said = f"You said {prompt.count('<｜User｜>')} things."
+    return said if prompt.endswith("</think>") else f"Counting.</think>{said}"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    with live(tmp_path_factory.mktemp("remote"), scripted(script), needs_keys=True) as running:
+        yield running
+
+
+def talk(*options: str, text: str = "one\ntwo\n\n") -> Result:
+    return CliRunner().invoke(app, ["chat", *options], input=text, catch_exceptions=False)
+
+
+def test_a_conversation_is_remembered_and_started_over(server: Live) -> None:
+    options = ("--url", server.url, "--key", server.key(), "--temperature", "0")
+    result = talk(*options, text="one\ntwo\n/new\nthree\n\n")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        "You said 1 things.", "You said 2 things.", "You said 1 things."
+    ]  # fmt: skip
+    assert result.stderr.count("Counting.") == 3, "reasoning is talk, not data"
+    assert NAME in result.stderr and "first token after" in result.stderr
+
+
+def test_settings_reach_the_server(server: Live) -> None:
+    options = ("--url", f"{server.url}/v1/", "--key", server.key(), "--model", NAME)
+    result = talk(*options, "--no-thinking", "--max-tokens", "3", text="one\n\n")
+    assert "Counting" not in result.stderr
+    assert len(result.stdout) < len("You said 1 things.\n")
+
+
+def test_refusals_are_told_and_the_conversation_goes_on(server: Live) -> None:
+    result = talk("--url", server.url, "--key", server.key(), "--model", "other")
+    assert result.exit_code == 0
+    assert result.stderr.count("the server refused (404): the model 'other' is not served") == 2
+    with pytest.raises(RequestError, match=r"refused \(401\)"):
+        talk("--url", server.url)
+
+
+def test_addresses_that_are_none(tmp_path: Path) -> None:
+    for url in ("ftp://127.0.0.1", "file:///etc/passwd", "localhost:8000", "http://"):
+        with pytest.raises(RequestError, match="--url is"):
+            talk("--url", url)
+    with pytest.raises(RequestError, match="does not answer"):
+        talk("--url", "http://127.0.0.1:9")  # discard: nobody listens
+    with pytest.raises(RequestError, match="--cache-dir is for a model on this machine"):
+        talk("--url", "http://127.0.0.1:9", "--cache-dir", str(tmp_path))
+
+
+def test_no_torch_is_loaded(server: Live) -> None:
+    code = (
+        "import sys; from overleap.cli import app; "
+        f"app(['chat', '--url', '{server.url}', '--key', '{server.key()}'], "
+        "standalone_mode=False); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input="hello\n\n", capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "You said 1 things.\n"

@@ -1,0 +1,97 @@
+"""train, export and eval as a person runs them, on a model that is trained in seconds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from overleap.cli import app
+from overleap.errors import OverleapError
+from overleap.eval.needle import stdlib_sources
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def json_of(*arguments: object) -> Any:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+RECIPE = """
+from tests.train.small import small_recipe
+def recipe():
+    return small_recipe({seed}, 3)
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run in run/, and its release form in model/."""
+    home: Path = tmp_path_factory.mktemp("home")
+    (home / "text").mkdir()
+    for number, text in enumerate(list(stdlib_sources().values())[:60]):
+        (home / "text" / f"{number}.py").write_text(text)
+    (home / "mine.py").write_text(RECIPE.format(seed=5))
+    result = run("train", home / "mine.py", home / "run", "--text", home / "text")
+    assert result.exit_code == 0, result.output
+    assert "step 3 of 3" in result.stderr and "MFU" in result.stderr
+    assert run("export", home / "run", home / "model").exit_code == 0
+    return home
+
+
+def test_the_same_line_or_resume_goes_on(home: Path) -> None:
+    before = (home / "run" / "log.jsonl").read_text()
+    assert run("train", home / "mine.py", home / "run", "--text", home / "text").exit_code == 0
+    assert run("train", "resume", home / "run").exit_code == 0
+    assert (home / "run" / "log.jsonl").read_text() == before
+    with pytest.raises(OverleapError, match="keeps its text"):
+        run("train", "resume", home / "run", "--text", home / "text")
+    with pytest.raises(OverleapError, match="holds no training run"):
+        run("train", "resume", home / "text")
+
+
+def test_checkpoints_and_exports_are_models(home: Path) -> None:
+    checkpoint = home / "run" / "checkpoints" / "step-000003"
+    wide, small = (json_of("models", "show", folder) for folder in (checkpoint, home / "model"))
+    assert wide["parameters"] == small["parameters"]
+    assert small["weight_bytes"]["total"] < wide["weight_bytes"]["total"] / 2
+    assert run("models", "verify", home / "model").exit_code == 0
+    said = run("generate", "import", "--model", checkpoint, "--max-tokens", 3, "--temperature", 0)
+    assert said.exit_code == 0 and said.stdout.strip()
+    with pytest.raises(OverleapError, match="no checkpoint"):
+        run("export", home / "text", home / "other")
+
+
+def test_eval_asks_counts_and_compares(home: Path, tmp_path: Path) -> None:
+    found = json_of("eval", "tasks", "mini", "--tokens", 1024, "--plot", tmp_path / "map.png")
+    assert len(found) == 8 and sum(one["right"] for one in found) >= 7
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    shown = run("eval", "tasks", "mini", "--kind", "values", "--tokens", 1024, "--planted", 2)
+    assert shown.exit_code == 0 and "values: " in shown.stdout and "/2" in shown.stdout
+    with pytest.raises(OverleapError, match="--kind is 'other'"):
+        run("eval", "tasks", "mini", "--kind", "other")
+    bits = json_of("eval", "bits", "mini", "--tokens", 600)
+    assert 0 < bits["bits_per_byte"] < 8 and len(bits["by_depth"]) == 4
+    assert "xz -9" in run("eval", "bits", "mini", "--tokens", 600).stdout
+    checkpoint = home / "run" / "checkpoints" / "step-000003"
+    apart = json_of("eval", "forms", checkpoint, home / "model", "--tokens", 300)
+    assert apart["tokens"] == 300 and 0 <= apart["kl"] < 1 and abs(apart["loss"]) < 0.1
+    assert "percentile" in run("eval", "forms", checkpoint, home / "model", "--tokens", 99).stdout
+
+
+def test_a_run_begins_from_a_model(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "more.py"
+    path.write_text(RECIPE.format(seed=6))
+    result = run("train", path, tmp_path / "run", "--text", home / "text", "--base", home / "model")
+    assert result.exit_code == 0, result.output
+    recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert recipe["base"] == str(home / "model")
+    tokenizers = [
+        (folder / "tokenizer.json").read_bytes() for folder in (home / "model", tmp_path / "run")
+    ]
+    assert tokenizers[0] == tokenizers[1]

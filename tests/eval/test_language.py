@@ -1,0 +1,52 @@
+"""Bits per byte against a plain sum, and two forms of a model against each other."""
+
+import gzip
+import math
+
+import pytest
+import torch
+
+from overleap.cache.layout import CacheFormat
+from overleap.errors import RequestError
+from overleap.eval.language import apart, bits_per_byte
+from overleap.eval.needle import stdlib_text
+from overleap.eval.reader import Reader
+
+
+@pytest.fixture(scope="module")
+def reader() -> Reader:
+    return Reader.open("mini")
+
+
+def test_bits_are_those_of_the_text(reader: Reader, seed: int) -> None:
+    text = stdlib_text(seed)[:20000]
+    found = bits_per_byte(reader, text, 2500)
+    ids = reader.tokenizer.encode(text)[:2500]
+    raw = reader.tokenizer.decode(ids).encode()
+    assert found.tokens == 2500 and abs(found.bytes - len(raw)) <= 3
+    logits = torch.cat(list(reader.logits([0, *ids[:-1]])))
+    nll = -logits.log_softmax(-1)[torch.arange(2500), torch.tensor(ids)].double()
+    assert found.bits_per_byte == pytest.approx(float(nll.sum()) / math.log(2) / found.bytes)
+    assert found.gzip == pytest.approx(8 * len(gzip.compress(raw, 9)) / len(raw), rel=1e-2)
+    assert min(found.by_depth) <= found.bits_per_byte <= max(found.by_depth)
+    with pytest.raises(RequestError, match="bands need more"):
+        bits_per_byte(reader, "x", 4)
+
+
+def test_a_form_is_nowhere_from_itself_and_near_its_own_release(reader: Reader, seed: int) -> None:
+    ids = [0, *reader.tokenizer.encode(stdlib_text(seed)[:6000])[:900]]
+    same = apart(reader, reader, ids)
+    assert same.kl == same.loss == 0 and same.agree == 1 and same.tokens == 900
+    wide = Reader(reader.model, reader.tokenizer, format=CacheFormat.WIDE)
+    near = apart(wide, reader, ids)
+    assert 0 < near.kl < 0.1 and near.agree > 0.8 and abs(near.loss) < 0.05
+    with pytest.raises(RequestError, match="cannot be compared"):
+        apart(reader, reader, [0])
+
+
+def test_dense_reading_is_sparse_reading_where_all_entries_are_chosen(seed: int) -> None:
+    sparse, dense = Reader.open("mini"), Reader.open("mini", dense=True)
+    ids = [0, *sparse.tokenizer.encode(stdlib_text(seed)[:6000])[:700]]
+    a, b = (torch.cat(list(r.logits(ids))) for r in (sparse, dense))
+    assert torch.equal(a[:256], b[:256])  # 64 entries of four tokens: all of them
+    assert not torch.equal(a[300:], b[300:])
