@@ -98,21 +98,22 @@ def rotate(x: Tensor, position: Tensor, frequency: Tensor, inverse: bool) -> Ten
 @triton.jit
 def transform(
     x, out, ROWS, factor,
-    X: tl.constexpr, K: tl.constexpr, BR: tl.constexpr, KP: tl.constexpr,
+    X: tl.constexpr, K: tl.constexpr, BR: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A product with the matrix of signs (-1)^(bits that row and column number share)."""
     row = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)[:, None]
     k = tl.arange(0, KP)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
     there = (row < ROWS) & (k < K)[None, :]
     value = wide(tl.load(x + row * K + k[None, :], mask=there, other=0), X)
-    shared = k[:, None] & k[None, :]
+    shared = k[:, None] & n[None, :]
     shared = shared ^ (shared >> 8)
     shared = shared ^ (shared >> 4)
     shared = shared ^ (shared >> 2)
     shared = (shared ^ (shared >> 1)) & 1
     sign = (1 - 2 * shared).to(tl.float32)
-    result = times(value, sign, tl.zeros((BR, KP), dtype=tl.float32), False) * factor
-    tl.store(out + row * K + k[None, :], narrow(result, X), mask=there)
+    result = times(value, sign, tl.zeros((BR, BN), dtype=tl.float32), False) * factor
+    tl.store(out + row * K + n[None, :], narrow(result, X), mask=(row < ROWS) & (n < K)[None, :])
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -121,10 +122,10 @@ def hadamard(x: Tensor) -> Tensor:
     rows = x.numel() // width
     if rows:
         padded = pow2(width, 16)
-        tile = pow2(VALUES // padded, 16)
-        transform[(triton.cdiv(rows, tile),)](
+        tile, columns = pow2(VALUES // padded, 16), min(padded, 64)
+        transform[(triton.cdiv(rows, tile), padded // columns)](
             bits(x.contiguous()), bits(out), rows, width**-0.5,
-            X=FORMS[x.dtype], K=width, BR=tile, KP=padded,
+            X=FORMS[x.dtype], K=width, BR=tile, KP=padded, BN=columns,
         )  # fmt: skip
     return out
 
