@@ -15,7 +15,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow clients check format docs bench clean
+.PHONY: help setup demo test test-slow test-hours clients check format docs bench clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -46,6 +46,9 @@ test: $(STAMP) ## run the test suite
 # Exit code 5 says that no test carries the mark, which is not a failure.
 test-slow: $(STAMP) ## run the tests that take minutes
 	$(PYTEST) -m slow --timeout 3600 || [ $$? -eq 5 ]
+
+test-hours: $(STAMP) ## run what Triton's interpreter takes hours for; no part of CI
+	$(PYTEST) -m hours --timeout 36000
 
 clients: $(STAMP) ## install other people's programs, which tests/clients hold the server against
 	@test -x $(CLIENTS)/venv/bin/python || "$(PYTHON)" -m venv $(CLIENTS)/venv

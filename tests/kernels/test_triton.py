@@ -1,7 +1,7 @@
 """Kernels in Triton: compiled ahead of time for chips that are not here, proven in the interpreter.
 
 Compiling needs no card: ptxas comes with Triton. The interpreter wants a process of its own
-(test_triton_interpreted.py says what runs there); the whole proof is among the slow tests.
+(test_triton_interpreted.py says what runs there); the whole proof takes hours: `make test-hours`.
 """
 
 import os
@@ -202,12 +202,12 @@ def test_some_of_every_op_in_the_interpreter() -> None:
     interpret("tests/kernels/test_triton_interpreted.py", "-k", "every_op", passing=1)
 
 
-@pytest.mark.slow
+@pytest.mark.hours
 def test_tiles_of_cards_in_the_interpreter() -> None:
     interpret("tests/kernels/test_triton_interpreted.py", "-k", "tiles", passing=2)
 
 
-@pytest.mark.slow
+@pytest.mark.hours
 def test_all_of_every_op_in_the_interpreter() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "overleap.cli", "conform", "--backend", "triton"],
@@ -219,7 +219,7 @@ def test_all_of_every_op_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-@pytest.mark.slow
+@pytest.mark.hours
 def test_state_equivalence_in_the_interpreter() -> None:
     """Of the ways to an equal state those that take the interpreter minutes, not hours."""
     interpret("tests/test_state.py", "-k", "poison or clean or (snapshot and 128)", passing=9)
