@@ -163,6 +163,18 @@ def free_bytes(device: "torch.device") -> int | None:
     return None if asked is None else int(asked(device)[0])
 
 
+def multiplies_bf16(device: "torch.device") -> bool:
+    """Whether products of bf16 matrices are the device's own; False where nothing tells."""
+    import torch
+
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported())
+    asked: Callable[[], bool] | None = getattr(
+        torch.get_device_module(device), "is_bf16_supported", None
+    )
+    return asked is not None and bool(asked())
+
+
 def synchronise(device: "torch.device") -> None:
     """Wait for all that was started on the device."""
     import torch

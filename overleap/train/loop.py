@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
+from overleap import devices
 from overleap.chat.profiles import profile_for
 from overleap.chat.tokenizer import Tokenizer
 from overleap.checkpoint.convert import parameters
@@ -108,7 +109,7 @@ def _rank(
 ) -> None:
     if ranks > 1:
         torch.set_num_threads(1)  # on a shared machine they wait for each other once a step
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = devices.kind_of(devices.find()).group
         dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=ranks)
     torch._dynamo.config.recompile_limit = 64  # one function serves many shapes
     try:

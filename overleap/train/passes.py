@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from overleap import devices
 from overleap.cache.layout import CacheFormat
 from overleap.cache.state import Cache
 from overleap.checkpoint.table import Role, tensor_table
@@ -40,18 +41,17 @@ FAR_BITS = 20  # questions are moved up to a million tokens further from their f
 
 
 def best_device() -> torch.device:
-    """A GPU that torch sees as CUDA (of its own to each rank), else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
+    """What devices.find takes for `auto`; of several, each rank has its own."""
+    device = devices.find()
+    if device.type == "cpu":
+        return device
     rank = dist.get_rank() if dist.is_initialized() else 0
-    return torch.device("cuda", rank % torch.cuda.device_count())
+    return torch.device(device.type, rank % devices.count(devices.kind_of(device)))
 
 
 def best_dtype() -> torch.dtype:
     """bf16 where this machine multiplies it, else float32."""
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    return torch.bfloat16 if devices.multiplies_bf16(devices.find()) else torch.float32
 
 
 def trainable(recipe: Recipe) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ class Users:
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
         self.running: set[int] = set()
+        self._ended: list[tuple[int, int]] = []  # while another was waited for
 
     def start(self, order: dict[str, Any]) -> int:
         """Fork one. Returns its process id."""
@@ -41,6 +42,9 @@ class Users:
 
     def collect(self) -> tuple[int, int]:
         """Wait for one that ended: its process id, and how."""
+        return self._ended.pop() if self._ended else self._next()
+
+    def _next(self) -> tuple[int, int]:
         child, status = map(int, self._ask("wait").split())
         self.running.remove(child)
         return child, status
@@ -48,7 +52,9 @@ class Users:
     def kill(self, child: int) -> None:
         """kill -9, and wait until it is gone."""
         os.kill(child, signal.SIGKILL)
-        assert self.collect() == (child, signal.SIGKILL)
+        while (ended := self._next())[0] != child:
+            self._ended.append(ended)
+        assert ended[1] == signal.SIGKILL, f"it had ended with {ended[1]}"
 
     def _ask(self, line: str) -> str:
         assert self._process.stdin is not None and self._process.stdout is not None

@@ -390,7 +390,9 @@ def hc_pre(
         comb = comb / (comb.sum(-2, keepdim=True) + eps)
     y = torch.einsum("tm,tmd->td", pre, x)
     y_size = torch.einsum("tm,tmd->td", pre, x.abs()) * doubt
-    return Exact(y, y_size), Exact(post, post * doubt), Exact(comb, comb * doubt[..., None])
+    # A gate that is nearly shut may be below what f32 holds, and be 0 then.
+    shut = torch.full_like(post, torch.finfo(torch.float32).tiny)
+    return Exact(y, y_size), Exact(post, post * doubt, shut), Exact(comb, comb * doubt[..., None])
 
 
 def hc_head(
