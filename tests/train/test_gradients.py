@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from overleap.config import ModelConfig
+from overleap.kernels.conformance.compare import FLOAT32
 from overleap.model.indexer import Indexer
 from overleap.train import losses
 from overleap.train.passes import Pass, packed
@@ -73,7 +74,9 @@ def test_gradients_equal_an_independent_formulation(seed: int, topk: int, kept: 
             continue
         compared += 1
         distance = float((ours[name] - grad).norm())
-        assert distance < TOLERANCE * float(grad.norm()) + 1e-7 * total, name
+        # A scalar of the hyper-connections sums terms of every token that nearly cancel: what f32
+        # leaves of them is 16 eps of the whole, as conform allows it of any sum in f32.
+        assert distance < TOLERANCE * float(grad.norm()) + FLOAT32 * total, name
     assert compared > 100
 
 
