@@ -96,9 +96,10 @@ template <int R>
 struct Sums {
     vf sum[R][4] = {};
 
-    // One piece of the columns, from k on, with its 4 vectors of weights.
+    // One piece of the columns, from k on, with its 4 vectors of weights. Not inlined, the sums would
+    // lie in memory.
     template <class E>
-    void add(const E* const* x, int64_t k, const E* vectors) {
+    [[gnu::always_inline]] inline void add(const E* const* x, int64_t k, const E* vectors) {
         const auto w0 = vector_at(vectors), w1 = vector_at(vectors + W * kPiece<E> / 4);
         const auto w2 = vector_at(vectors + W * kPiece<E> / 2);
         const auto w3 = vector_at(vectors + 3 * W * kPiece<E> / 4);
@@ -112,7 +113,7 @@ struct Sums {
         }
     }
 
-    void end(vf* out) const {
+    [[gnu::always_inline]] inline void end(vf* out) const {
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++) out[r] = outputs(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
     }
@@ -125,9 +126,10 @@ static inline void tile(const E* const* x, const E* panel, int64_t columns, vf* 
     sums.end(out);
 }
 
-// x[0 .. rows - 1], at most kTall, against a panel -> W outputs each.
+// x[0 .. rows - 1], at most kTall, against a panel -> W outputs each. On its own: within a large function
+// the compiler leaves steps as calls, and the sums in memory.
 template <class E>
-static inline void products(
+[[gnu::noinline]] static void products(
     int rows, const E* const* x, const E* panel, int64_t columns, vf* out) {
     switch (rows) {
         case 1: return tile<1>(x, panel, columns, out);
