@@ -26,7 +26,7 @@ RowLayout layout(int kind, int64_t width, int64_t rope, int64_t bytes) {
     return {static_cast<RowKind>(kind), width, rope, bytes};
 }
 
-// Results of the first linear of `of_input` stay here, as do the rows before they are packed.
+// What meets one input: tables and sizes of the parts, and where results go.
 struct Input {
     std::vector<Address> tables, out;
     std::vector<int> counts, types;
@@ -38,7 +38,7 @@ void call_inputs(Address x, int type, int64_t tokens, int64_t columns, const Inp
                  Address position, Address frequency, int64_t rotary, bool packed, int64_t rope,
                  int64_t bytes, Address fresh, int threads) {
     const int64_t size = type == static_cast<int>(Float::bf16) ? 2 : 4;
-    RawBuffer<uint8_t> own;
+    RawBuffer<uint8_t> own;  // the query latent, and the rows before they are packed
     own.resize(tokens * (rank + width) * size);
     const auto latent = reinterpret_cast<Address>(own.data());
     const Address row = latent + static_cast<Address>(tokens * rank * size);

@@ -99,7 +99,8 @@ static inline void direct(const Reader& reader, int64_t columns, const E* const*
 }
 
 template <int R, class E>
-[[gnu::noinline]] static void few_products(const Panel& panel, const Panel* next, const E* const* x, vf* out) {
+[[gnu::noinline]] static void few_products(const Panel& panel, const Panel* next, const E* const* x,
+                                           vf* out) {
     const int64_t columns = panel.weight.columns;
     const Ahead ahead(next, (columns + kColumns - 1) / kColumns);
     read<E>(panel, [&](const auto& reader) {
