@@ -19,7 +19,7 @@ native = pytest.importorskip(
 def present() -> list[str]:
     """Instruction sets of this machine."""
     best, found = native.isa(), []
-    for name in ("portable", "avx2", "avx512"):
+    for name in ("portable", "avx2", "avx512", "amx"):
         try:
             native.set_isa(name)
             found.append(name)

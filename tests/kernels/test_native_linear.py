@@ -51,6 +51,16 @@ def test_a_product_depends_on_its_row_alone(
         assert ops.matmul(x[lone : lone + 1], weight, rounds, wide).equal(whole[lone : lone + 1])
 
 
+def test_torch_finds_its_matrix_unit_as_it_left_it(isa: str, seed: int) -> None:
+    """torch sets the unit's tiles up once and remembers that it did."""
+    torch.manual_seed(seed)
+    a, b = torch.randn(2, 96, 96).bfloat16()
+    with threads(1):
+        before = a @ b
+        select("cpu").matmul(a, fp8_weight(b.float()), True)
+        assert (a @ b).equal(before)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_mixture_depends_on_its_row_alone(form: str, isa: str, seed: int) -> None:
     number, ops = random.Random(seed), select("cpu")

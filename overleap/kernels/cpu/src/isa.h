@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-// Declares the same functions for every instruction set: namespaces portable, avx2, avx512.
+// Declares the same functions for every instruction set: namespaces portable, avx2, avx512, amx.
 #if defined(__x86_64__)
 #define OVERLEAP_EVERY_ISA(...)  \
     namespace portable {         \
@@ -15,9 +15,13 @@
     }                            \
     namespace avx512 {           \
     __VA_ARGS__                  \
+    }                            \
+    namespace amx {              \
+    __VA_ARGS__                  \
     }
 #define OVERLEAP_CALL(function)                                          \
-    (overleap::isa() == overleap::Isa::avx512 ? overleap::avx512::function \
+    (overleap::isa() == overleap::Isa::amx      ? overleap::amx::function    \
+     : overleap::isa() == overleap::Isa::avx512 ? overleap::avx512::function \
      : overleap::isa() == overleap::Isa::avx2 ? overleap::avx2::function   \
                                               : overleap::portable::function)
 #else
@@ -30,7 +34,8 @@
 
 namespace overleap {
 
-enum class Isa { portable, avx2, avx512 };
+// Each has what those before it have; amx is avx512 with a matrix unit.
+enum class Isa { portable, avx2, avx512, amx };
 
 // The instruction set in use: the best the machine has, or less if set_isa asked for it.
 Isa isa();

@@ -76,6 +76,7 @@ class Run {
         const int64_t rows = static_cast<int64_t>(plan_.rows.size());
         wide_.resize(rows * stride_);
         hidden_.resize(rows * stride_);
+        if (kMatrix<E> && longest_ > kFew) tile(rows);
     }
 
     void run() {
@@ -96,6 +97,21 @@ class Run {
     }
 
   private:
+    // Rows of activations side by side for the matrix unit, expert by expert.
+    void tile(int64_t rows) {
+        tiled_.resize(rows, m_.width, kTileRows);
+        tiled_hidden_.resize(rows, inner_, kTileRows);
+        parallel_ranges(m_.threads, rows, 1 + 16384 / (m_.width + 1), [&](int64_t a, int64_t b) {
+            for (const Group& g : plan_.groups)
+                for (int64_t i = std::max(a, g.first); i < std::min(b, g.first + g.count); i++)
+                    tiled_.put(i, x(i, g), m_.width);
+        });
+    }
+
+    const E* x(int64_t i, const Group& g) const {
+        return x_.row(plan_.rows[static_cast<size_t>(i)].token, g.expertise->round_input);
+    }
+
     // One panel a task where it meets many rows; where few, a thread has several in a row.
     int64_t grain(int64_t panels) const {
         if (longest_ > kTall) return 1;
@@ -127,13 +143,11 @@ class Run {
         const Panel next = panel(then, 1, next_number % tall * W);
         const int count = gate.count;
         float* gates = room<float, 2>(g.count * W) - g.first * W;
-        auto x = [&](int64_t i) {
-            return x_.row(plan_.rows[static_cast<size_t>(i)].token, g.expertise->round_input);
-        };
-        meet<E>(gate, &other, g.first, g.first + g.count, x,
-                [&](int64_t i, vf value) { store(gates + i * W, value); });
-        meet<E>(other, number == next_number || next.count <= 0 ? nullptr : &next, g.first,
-                g.first + g.count, x, [&](int64_t i, vf up) {
+        const Rows rows{[&](int64_t i) { return x(i, g); }, tiled_.row(0), tiled_.apart()};
+        meet(gate, &other, g.first, g.first + g.count, rows,
+             [&](int64_t i, vf value) { store(gates + i * W, value); });
+        meet(other, number == next_number || next.count <= 0 ? nullptr : &next, g.first,
+             g.first + g.count, rows, [&](int64_t i, vf up) {
                     const float weight = plan_.rows[static_cast<size_t>(i)].weight;
                     vf value = gated(load(gates + i * W), up, m_.limit, weight);
                     float* to = wide_.data() + i * stride_ + first;
@@ -154,6 +168,7 @@ class Run {
             });
         Given given{value, Float::f32, 1, of.inner, nullptr, Float::f32, 0};
         prepare_given(given, value, of.round_input ? nullptr : to, of.round_input ? to : nullptr);
+        if (tiled_hidden_.apart()) tiled_hidden_.put(i, to, of.inner);
     }
 
     // W outputs of all tokens: experts in turn onto the running sums.
@@ -165,12 +180,13 @@ class Run {
             const Group& g = plan_.groups[i];
             const bool last = i + 1 == plan_.groups.size();
             const Panel next = panel(plan_.groups[last ? 0 : i + 1], 2, last ? next_first : first);
-            meet<E>(panel(g, 2, first), last && first == next_first ? nullptr : &next, g.first,
-                    g.first + g.count, [&](int64_t j) { return hidden_.data() + j * stride_; },
-                    [&](int64_t j, vf part) {
-                        float* to = sums + plan_.rows[static_cast<size_t>(j)].token * W;
-                        store(to, load(to) + part);
-                    });
+            const Rows rows{[&](int64_t j) -> const E* { return hidden_.data() + j * stride_; },
+                            tiled_hidden_.row(0), tiled_hidden_.apart()};
+            meet(panel(g, 2, first), last && first == next_first ? nullptr : &next, g.first,
+                 g.first + g.count, rows, [&](int64_t j, vf part) {
+                     float* to = sums + plan_.rows[static_cast<size_t>(j)].token * W;
+                     store(to, load(to) + part);
+                 });
         }
         typed(m_.type, [&](auto e) {
             auto* out = static_cast<decltype(e)*>(m_.out) + first;
@@ -186,6 +202,7 @@ class Run {
     int64_t inner_ = 0, longest_ = 0, stride_ = 0;
     RawBuffer<float> wide_;  // hidden values before they are rounded, [rows, stride]
     RawBuffer<E> hidden_;    // [rows, stride]
+    Tiled<E> tiled_, tiled_hidden_;  // the rows of x and hidden_, where many meet an expert
 };
 
 }  // namespace

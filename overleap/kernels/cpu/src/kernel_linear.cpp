@@ -35,6 +35,9 @@ class Run {
             work_.push_back({linear, rows, p.groups * ((rows + W - 1) / W)});
             panels_ += work_.back().panels;
         }
+        if (kMatrix<E> && p.tokens > kFew)
+            for (bool rounded : {false, true})
+                if (any(linears, rounded)) tile(rounded);
     }
 
     void run() {
@@ -68,6 +71,15 @@ class Run {
         return false;
     }
 
+    void tile(bool rounded) {
+        Tiled<E>& to = tiled_[rounded];
+        const int64_t rows = p_.tokens * p_.groups;
+        to.resize(rows, p_.columns, kTileRows * p_.groups);
+        parallel_ranges(p_.threads, rows, 1 + 16384 / (x_.stride() + 1), [&](int64_t a, int64_t b) {
+            for (int64_t i = a; i < b; i++) to.put(i, x_.row(i, rounded), p_.columns);
+        });
+    }
+
     // The number-th panel of all, with its linear and the group of activations that it meets.
     struct Place {
         const Linear* linear;
@@ -91,9 +103,11 @@ class Run {
             const bool more = number + 1 < last;
             const Place next = more ? place(number + 1) : here;
             const Linear& linear = *here.linear;
-            meet<E>(
-                here.panel, more ? &next.panel : nullptr, from, to,
+            const Tiled<E>& tiled = tiled_[linear.round_input];
+            const Rows rows{
                 [&](int64_t t) { return x_.row(t * p_.groups + here.group, linear.round_input); },
+                tiled.row(here.group), tiled.apart() * p_.groups};
+            meet(here.panel, more ? &next.panel : nullptr, from, to, rows,
                 [&](int64_t t, vf sums) {
                     put_outputs(linear.out, linear.out_type, t * linear.out_stride + here.panel.first,
                                 sums, here.panel.count);
@@ -104,6 +118,7 @@ class Run {
 
     const Product& p_;
     Inputs<E> x_;
+    Tiled<E> tiled_[2];  // of many rows for the matrix unit: plain, rounded
     std::vector<Work> work_;
     int64_t panels_ = 0;
 };

@@ -1,6 +1,6 @@
 // Cache rows as numbers: e4m3 with bf16 rotary dims, or float, into elements of a product.
-// Element: bf16 where the machine multiplies pairs of them and the row is exact in bf16 (a packed row
-// is: e4m3 times a power of two), else float. Read next: attend_tile.h.
+// Element: bf16 where the machine multiplies pairs of them fast and the row is exact in bf16 (a packed
+// row is: e4m3 times a power of two), else float. Read next: attend_tile.h.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,8 @@
 
 namespace overleap::OVERLEAP_ISA {
 
-#if defined(__AVX512BF16__)
+// Machines with a matrix unit multiply pairs of bf16 elsewhere at a third of their speed with floats.
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 typedef bf16 Exact;  // a dot product instruction over bf16 pairs
 #else
 typedef float Exact;

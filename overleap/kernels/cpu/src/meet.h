@@ -1,16 +1,16 @@
-// Products of activations with one panel after another: many rows by way of a decoded panel, one or two
-// rows straight from the stored bytes. Both add up in the same order.
+// Products of activations with one panel after another: many rows by way of a decoded panel, a few rows
+// straight from the stored bytes. Both add up in the same order.
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
-#include "tile.h"
+#include "matrix.h"
 
 namespace overleap::OVERLEAP_ISA {
 
 constexpr int64_t kNear = 8192;  // bytes of a panel that the first cache takes beside the one in use
-constexpr int64_t kFew = 2;  // rows for which a panel is not worth writing
+constexpr int64_t kFew = kMatrix<bf16> ? 4 : 6;  // rows for which a panel is not worth writing
 
 #if defined(__AVX512BF16__)
 
@@ -80,9 +80,74 @@ class Ahead {
     }
 };
 
+// A panel made ready for products with many rows: W * whole_columns(columns) elements.
+template <class E>
+static inline void fill(const Panel& of, const Panel* next, E* panel) {
+    const int64_t columns = of.weight.columns;
+    Ahead ahead(next, (columns + kColumns - 1) / kColumns);
+    read<E>(of, [&](const auto& reader) {
+        for (int64_t k = 0; k < columns; k += kColumns) {
+            ahead.step();
+            for (int i = 0; i < 4; i++) {
+                Vector<E> v[kPieces<E>];
+                reader.quad(i, k, v);
+                for (int p = 0; p < kPieces<E>; p++)
+                    std::memcpy(panel + k * W + (4 * p + i) * (W / 4) * kPiece<E>, v + p, 4 * W);
+            }
+        }
+    });
+}
+
+#if defined(__AMX_BF16__)
+
+// The same as tiles, for the matrix unit.
+static inline void fill_tiles(const Panel& of, const Panel* next, bf16* panel) {
+    const int64_t columns = of.weight.columns;
+    Ahead ahead(next, (columns + kColumns - 1) / kColumns);
+    read<bf16>(of, [&](const auto& reader) {
+        for (int64_t k = 0; k < columns; k += kColumns) {
+            ahead.step();
+            __m512i v[4][4];
+            for (int i = 0; i < 4; i++) reader.quad(i, k, v[i]);
+            bf16* to = panel + k / kBlockColumns * 4 * kTile + k % kBlockColumns / 8 * 32;
+            for (int p = 0; p < 4; p++) {
+                __m512i pairs[4] = {v[0][p], v[1][p], v[2][p], v[3][p]};
+                transpose_blocks(pairs);
+                for (int q = 0; q < 4; q++) _mm512_storeu_si512(to + q * kTile + p * 32, pairs[q]);
+            }
+        }
+    });
+    // The last block as far as it has no columns.
+    for (int64_t k = whole_columns(columns); k % kBlockColumns; k += kColumns)
+        for (int q = 0; q < 4; q++)
+            std::memset(panel + (k / kBlockColumns * 4 + q) * kTile + k % kBlockColumns / 8 * 32, 0,
+                        4 * 64);
+}
+
+// Rows [begin, end) on the matrix unit. `tiled` is row 0, the next one `apart` elements on.
+template <class Body>
+static inline void meet_tiles(const Panel& panel, const Panel* next, int64_t begin, int64_t end,
+                              const bf16* tiled, int64_t apart, const Body& body) {
+    const Tiles in_use;
+    const int64_t tiles = (panel.weight.columns + kBlockColumns - 1) / kBlockColumns * 4;
+    bf16* elements = room<bf16>(tiles * kTile);
+    fill_tiles(panel, next, elements);
+    alignas(64) float out[kHigh * W];
+    for (int64_t i = begin; i < end; i += kHigh) {
+        const int64_t rows = std::min(end - i, kHigh);
+        tile_products(rows, tiled + i * apart, apart, elements, tiles, out);
+        for (int64_t r = 0; r < rows; r++) body(i + r, load(out + r * W));
+    }
+}
+
+#endif
+
 template <int R, class E, class Reader>
 static inline void direct(const Reader& reader, int64_t columns, const E* const* x, Ahead ahead,
                           vf* out) {
+#if defined(__AMX_BF16__)
+    if constexpr (kMatrix<E>) return direct_tiles<R>(reader, columns, x, ahead, out);
+#endif
     vf sum[R][4] = {};
     for (int64_t k = 0; k < columns; k += kColumns) {
         ahead.step();
@@ -99,8 +164,8 @@ static inline void direct(const Reader& reader, int64_t columns, const E* const*
 }
 
 template <int R, class E>
-[[gnu::noinline]] static void few_products(const Panel& panel, const Panel* next, const E* const* x,
-                                           vf* out) {
+[[gnu::noinline]] static void direct_products(const Panel& panel, const Panel* next,
+                                              const E* const* x, vf* out) {
     const int64_t columns = panel.weight.columns;
     const Ahead ahead(next, (columns + kColumns - 1) / kColumns);
     read<E>(panel, [&](const auto& reader) {
@@ -121,24 +186,51 @@ template <int R, class E>
     });
 }
 
-// W outputs of each of many rows: row(i) is where row i lies, body(i, outputs) takes them. `next` is the
-// panel that is likely met after this one, or null.
+// x[0 .. rows - 1], at most kFew, against a panel -> W outputs each.
+template <class E>
+static inline void few_products(int rows, const Panel& panel, const Panel* next, const E* const* x,
+                                vf* out) {
+    const NoTiny<kMatrix<E>> no_tiny;
+    switch (rows) {
+        case 1: return direct_products<1>(panel, next, x, out);
+        case 2: return direct_products<2>(panel, next, x, out);
+        case 3: return direct_products<3>(panel, next, x, out);
+        case 4: return direct_products<4>(panel, next, x, out);
+        case 5: return direct_products<5>(panel, next, x, out);
+        default: return direct_products<6>(panel, next, x, out);
+    }
+}
+
+// Activations that panels meet: row(i), and where many do, all of them as tiles, from row 0 on `apart`
+// elements from one to the next.
+template <class E, class Row>
+struct Rows {
+    Row row;
+    const E* tiled;
+    int64_t apart;
+};
+
+// W outputs of each of the rows [begin, end): body(i, outputs) takes them. `next` is the panel that is
+// likely met after this one, or null.
 template <class E, class Row, class Body>
 static inline void meet(const Panel& panel, const Panel* next, int64_t begin, int64_t end,
-                        const Row& row, const Body& body) {
+                        const Rows<E, Row>& rows, const Body& body) {
+    const bool few = end - begin <= kFew;
+#if defined(__AMX_BF16__)
+    if constexpr (kMatrix<E>)
+        if (!few) return meet_tiles(panel, next, begin, end, rows.tiled, rows.apart, body);
+#endif
     const E* x[kTall];
     vf out[kTall];
-    const bool few = end - begin <= kFew;
     const int64_t columns = whole_columns(panel.weight.columns);
     E* elements = nullptr;
-    if (!few) fill(panel, elements = room<E>(W * columns));
+    if (!few) fill(panel, next, elements = room<E>(W * columns));
     for (int64_t i = begin; i < end; i += kTall) {
-        const int rows = static_cast<int>(std::min<int64_t>(end - i, kTall));
-        for (int r = 0; r < rows; r++) x[r] = row(i + r);
-        if (!few) products(rows, x, elements, columns, out);
-        else if (rows == 1) few_products<1>(panel, next, x, out);
-        else few_products<2>(panel, next, x, out);
-        for (int r = 0; r < rows; r++) body(i + r, out[r]);
+        const int count = static_cast<int>(std::min<int64_t>(end - i, kTall));
+        for (int r = 0; r < count; r++) x[r] = rows.row(i + r);
+        if (few) few_products(count, panel, next, x, out);
+        else products(count, x, elements, columns, out);
+        for (int r = 0; r < count; r++) body(i + r, out[r]);
     }
 }
 

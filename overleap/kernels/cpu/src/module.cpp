@@ -3,6 +3,11 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <stdexcept>
 #include <string>
 
@@ -13,6 +18,19 @@ namespace nb = nanobind;
 
 namespace overleap {
 
+#if defined(__x86_64__)
+// Whether the machine has it and the system lets this process use it.
+static bool matrix_unit() {
+#if defined(__linux__)
+    constexpr int kAskFor = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+           !syscall(SYS_arch_prctl, kAskFor, kTileData);
+#else
+    return false;
+#endif
+}
+#endif
+
 Isa best_isa() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -20,7 +38,7 @@ Isa best_isa() {
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                 __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
                 __builtin_cpu_supports("avx512bf16");
-    if (wide) return Isa::avx512;
+    if (wide) return matrix_unit() ? Isa::amx : Isa::avx512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
 #endif
     return Isa::portable;
@@ -39,13 +57,14 @@ void set_isa(Isa wanted) {
 
 NB_MODULE(_native, m) {
     m.def("isa", [] {
-        const char* names[] = {"portable", "avx2", "avx512"};
+        const char* names[] = {"portable", "avx2", "avx512", "amx"};
         return std::string(names[static_cast<int>(overleap::isa())]);
     });
     m.def("set_isa", [](const std::string& name) {
         if (name == "portable") overleap::set_isa(overleap::Isa::portable);
         else if (name == "avx2") overleap::set_isa(overleap::Isa::avx2);
         else if (name == "avx512") overleap::set_isa(overleap::Isa::avx512);
+        else if (name == "amx") overleap::set_isa(overleap::Isa::amx);
         else throw std::invalid_argument("no such instruction set");
     });
     overleap::bind_linear(m);

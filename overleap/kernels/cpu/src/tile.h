@@ -304,18 +304,4 @@ static inline void read(const Panel& panel, const Body& body) {
     body(PlainReader<E>{w, first, count});
 }
 
-// A panel made ready for products with many rows: W * whole_columns(columns) elements.
-template <class E>
-static inline void fill(const Panel& of, E* panel) {
-    read<E>(of, [&](const auto& reader) {
-        for (int64_t k = 0; k < of.weight.columns; k += kColumns)
-            for (int i = 0; i < 4; i++) {
-                Vector<E> v[kPieces<E>];
-                reader.quad(i, k, v);
-                for (int p = 0; p < kPieces<E>; p++)
-                    std::memcpy(panel + k * W + (4 * p + i) * (W / 4) * kPiece<E>, v + p, 4 * W);
-            }
-    });
-}
-
 }  // namespace overleap::OVERLEAP_ISA
