@@ -15,6 +15,7 @@ REWIND_TOKENS = 8  # how far a sequence may move back: rings hold this many rows
 KV_GROUP = 64  # e4m3 values that share one ue8m0 scale in a cache entry
 KEY_GROUP = 32  # e2m1 values that share one e8m0 scale in an indexer key
 TILE_BYTES = 16 * 2**20  # the largest temporary that attention and the indexer may make
+NATIVE_BYTES = 4 * 2**20  # of native kernels: panels and tiles of each thread, what the model's code grows by
 
 
 class CacheFormat(StrEnum):
@@ -165,24 +166,46 @@ def cache_bytes(config: ModelConfig, tokens: int, cache_format: CacheFormat) -> 
 def scratch_bytes(config: ModelConfig, chunk_tokens: int, native: bool = False) -> int:
     """Temporaries of one step of `chunk_tokens` tokens, whatever the context.
 
-    native  every op is served by the native kernels, which neither decode a whole linear nor make
-            tiles of more than a core's cache holds
+    native  every op is served by the native kernels (_native_scratch_bytes)
 
     Per token, in float32: the streams while they are mixed (old, rows to mix, new), the queries
     on their way through norm, rotation and the running softmax, the indexer's queries, and the
     chosen experts' inner vectors. Then tiles of fixed size, and the largest packed linear
     while it is decoded.
     """
+    if native:
+        return _native_scratch_bytes(config, chunk_tokens)
     streams = (3 * config.hc_mult + 2) * config.hidden_size
     queries = 6 * config.num_attention_heads * config.head_dim
     index = 4 * config.index_n_heads * config.index_head_dim
     inner = 4 * (config.num_experts_per_tok + 1) * config.moe_intermediate_size
     each = 4 * chunk_tokens * (streams + queries + index + inner)
-    if native:
-        return each
     decoded = 0
     if config.quantization_config is not None:
         wide = config.num_attention_heads * config.head_dim
         groups = config.o_groups * config.o_lora_rank
         decoded = 3 * max(wide * config.q_lora_rank, groups * config.hidden_size)
     return each + 4 * decoded + 6 * TILE_BYTES
+
+
+def _native_scratch_bytes(config: ModelConfig, chunk_tokens: int) -> int:
+    """The same of native kernels: what is live at once, in the type of the activations.
+
+    They neither decode a whole linear nor make tiles of more than a core's cache holds, so that is
+    the streams (old, new, a layer's input and output) and the larger of two: queries, the
+    heads' outputs as they are and rounded, the indexer's queries and the compressors' inputs in
+    float32; or the chosen experts' rows, side by side for a matrix unit, and their inner vectors in
+    float32, rounded, and side by side. Half as much again lies about in the heap, which is taken
+    from the system once: asked for anew, pages cost prefill a third of its speed.
+    """
+    wide = 4 if config.torch_dtype == "float32" else 2
+    experts = config.num_experts_per_tok + config.n_shared_experts
+    streams = wide * (2 * config.hc_mult + 3) * config.hidden_size
+    attention = (
+        wide * 3 * config.num_attention_heads * config.head_dim
+        + wide * 2 * config.index_n_heads * config.index_head_dim
+        + 4 * 4 * (config.head_dim + config.index_head_dim)
+    )
+    inner = (4 + 2 * wide) * config.moe_intermediate_size
+    mixture = wide * (experts + 2) * config.hidden_size + experts * inner
+    return chunk_tokens * (streams + max(attention, mixture)) * 3 // 2 + NATIVE_BYTES
