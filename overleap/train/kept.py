@@ -139,6 +139,15 @@ def sample(texts: Iterable[str], characters: int, every: int = 1 << 16) -> Itera
         yield piece
 
 
+def board(folder: Path) -> Any:
+    """A writer of tensorboard/ (what log.jsonl says, for TensorBoard); None without that extra."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+
+
 def draw_losses(folder: Path) -> Path | None:
     """losses.png of log.jsonl; None where matplotlib (extra `plots`) is missing."""
     try:

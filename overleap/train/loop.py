@@ -144,6 +144,7 @@ class Trainer:
         self.optimizer = Optimizer(
             named, self.work.ops, recipe.config, weight_decay=recipe.weight_decay
         )
+        self.board = None if self.rank else kept.board(folder)
         self.step = self.skipped = self.rollbacks = 0
         self.losses: list[float] = []
         if (newest := kept.newest(folder)) is not None:
@@ -296,6 +297,10 @@ class Trainer:
             return
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(record) + "\n")
+        if self.board is not None:
+            for name in record.keys() - {"step"}:
+                self.board.add_scalar(name, record[name], int(record["step"]))
+            self.board.flush()
         if self.report is not None:
             self.report(record)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,20 @@ def test_a_run_learns_logs_and_serves(seed: int, tmp_path: Path, begun: Path) ->
         assert {"language", "kl1", "kl3", "norm", "loss"} <= set(record)
     assert {"tokens_per_s", "mfu", "minutes_left"} <= set(seen[0])
     assert (tmp_path / "run" / "losses.png").stat().st_size > 5000
+    assert (tmp_path / "run" / "tensorboard").is_dir() == (find_spec("tensorboard") is not None)
     model = load(kept.place(tmp_path / "run", 14))
     assert model.config.compress_ratios == (0, 4, 128, 4, 0)
+
+
+def test_tensorboard_shows_what_the_log_says(tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = kept.board(tmp_path)
+    for step in range(3):
+        board.add_scalar("loss", 5.0 - step, step)
+    board.close()
+    read = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    assert [(e.step, e.value) for e in read.Scalars("loss")] == [(0, 5.0), (1, 4.0), (2, 3.0)]
 
 
 CHILD = """

@@ -3,6 +3,7 @@
 // Read next: key_tile.h, best.h.
 #include "best.h"
 #include "key_tile.h"
+#include "matrix_unit.h"
 #include "threads.h"
 
 namespace overleap::OVERLEAP_ISA {
@@ -11,6 +12,7 @@ constexpr int kBlockTokens = 16;           // tokens that share a tile
 constexpr int kHeads = W == 16 ? 4 : 2;    // heads at once: what the registers hold
 constexpr int kVectors = 2;                // vectors of keys at once
 constexpr int64_t kPartEntries = 2048;     // the least that a thread is sent for
+constexpr int kTileRows = 16;              // pairs of token and head in a tile of the matrix unit
 
 // -- Integer dot products of one vector of lifted keys.
 
@@ -61,8 +63,8 @@ static inline vf dots_end(Dots sum) {
 class Queries {
   public:
     void fill(const Choice& c, int64_t first, int tokens, const KeyTile& tile) {
-        heads_ = c.heads, steps_ = tile.steps(), groups_ = tile.groups();
-        values_.resize(static_cast<size_t>(tokens * heads_ * steps_));
+        tokens_ = tokens, heads_ = c.heads, steps_ = tile.steps(), groups_ = tile.groups();
+        values_.resize(static_cast<size_t>((tokens * heads_ + kTileRows - 1) * steps_));
         scales_.resize(static_cast<size_t>(tokens * heads_ * groups_));
         biases_.resize(scales_.size());
         weight_ = c.weight + first * heads_;
@@ -83,7 +85,66 @@ class Queries {
         for (int v = 0; v < kVectors; v++) store(out + v * W, sum[v]);
     }
 
+#if defined(__AMX_INT8__)
+    // Packed keys first .. first + W - 1 of the tile for all tokens, on the matrix unit -> out[token *
+    // kTileKeys + first + lane]. The dot products are whole numbers and exact; what follows is summed as
+    // in score().
+    void score_all(const KeyTile& tile, int first, float* out) {
+        const int vector = first / W;
+        const int64_t rows = tokens_ * heads_;
+        dots_.resize(static_cast<size_t>(groups_ * kTileRows * W));
+        for (int t = 0; t < tokens_; t++) store(out + t * kTileKeys + first, vf{});
+        for (int64_t row = 0; row < rows; row += kTileRows) {
+            const int32_t* q = values_.data() + row * steps_;
+            const uint8_t* keys = tile.steps_of(vector);
+            int32_t* dots = dots_.data();
+            for (int64_t g = 0; g < groups_; g++) {
+                _tile_zero(0);
+                _tile_loadd(1, q + g * kGroupSteps, 4 * steps_);
+                _tile_loadd(2, keys + g * kGroupSteps * 4 * W, 4 * W);
+                _tile_dpbssd(0, 1, 2);
+                _tile_stored(0, dots + g * kTileRows * W, 4 * W);
+            }
+            add_dots(row, std::min(rows, row + kTileRows), tile.scales_of(vector), out + first);
+        }
+    }
+#endif
+
   private:
+#if defined(__AMX_INT8__)
+    // Dot products of the rows [row, last) onto the scores of their tokens.
+    void add_dots(int64_t row, int64_t last, const float* key_scale, float* out) const {
+        switch (groups_) {
+            case 2: return add_dots_of<2>(row, last, key_scale, out);
+            case 4: return add_dots_of<4>(row, last, key_scale, out);
+            default: return add_dots_of<0>(row, last, key_scale, out);
+        }
+    }
+
+    template <int Groups>  // 0: any number
+    [[gnu::noinline]] void add_dots_of(int64_t row, int64_t last, const float* key_scale,
+                                       float* out) const {
+        const int64_t groups = Groups ? Groups : groups_;
+        const int32_t* whole = dots_.data();
+        const float* own_scale = scales_.data() + row * groups;
+        for (int64_t r = row; r < last;) {
+            const int64_t token = r / heads_, end = std::min(last, (token + 1) * heads_);
+            vf score = load(out + token * kTileKeys);
+            for (; r < end; r++, whole += W, own_scale += groups) {
+                vf dot{};
+#pragma GCC unroll 4
+                for (int64_t g = 0; g < groups; g++) {
+                    const vf scale = load(key_scale + g * W) * all(own_scale[g]);
+                    const __m512i at = _mm512_load_si512(whole + g * kTileRows * W);
+                    dot = fma(_mm512_cvtepi32_ps(at), scale, dot);
+                }
+                score = fma(all(weight_[r]), max(vf{}, dot), score);
+            }
+            store(out + token * kTileKeys, score);
+        }
+    }
+#endif
+
     void packed(const uint8_t* row, int64_t width, int64_t h) {
         for (int64_t g = 0; g < groups_; g++) {
             uint8_t bytes[16];
@@ -150,8 +211,9 @@ class Queries {
             }
     }
 
-    int64_t heads_ = 0, steps_ = 0, groups_ = 0;
-    std::vector<int32_t> values_;  // [tokens, heads, steps]: four int8, or a float
+    int64_t tokens_ = 0, heads_ = 0, steps_ = 0, groups_ = 0;
+    std::vector<int32_t> values_;  // [tokens, heads, steps]: four int8, or a float; a tile behind it
+    Buffer<int32_t> dots_;         // [groups, kTileRows, W]
     std::vector<int32_t> biases_;  // [tokens, heads, groups]: takes the lift of the keys out again
     std::vector<float> scales_;    // [tokens, heads, groups]
     const float* weight_ = nullptr;
@@ -170,6 +232,7 @@ struct Room {
     KeyTile tile;
     Queries queries;
     Best best[kBlockTokens];
+    alignas(64) float scores[kBlockTokens * kTileKeys];
 };
 
 // Opaque to the compiler, which would look the thread's address up again for every use.
@@ -185,16 +248,32 @@ static void search(const Choice& c, const Piece& piece) {
     my.tile.shape(c.keys.layout);
     my.queries.fill(c, piece.first, piece.tokens, my.tile);
     for (int t = 0; t < piece.tokens; t++) my.best[t].start(c.k, piece.end - piece.begin);
+#if defined(__AMX_INT8__)
+    TileShapes shapes;
+    shapes.set(0, kTileRows, 4 * W);  // dot products
+    shapes.set(1, kTileRows, kFp4Group);
+    shapes.set(2, kGroupSteps, 4 * W);
+    const Tiles in_use(shapes);
+#endif
     for (int64_t low = piece.begin; low < piece.end; low += kTileKeys) {
         int count = static_cast<int>(std::min<int64_t>(kTileKeys, piece.end - low));
         my.tile.fill(c.keys, piece.sequence, low, count, piece.end);
+        auto seen = [&](int t) {
+            const int64_t visible = (piece.position + t + 1) / c.ratio - low;
+            return static_cast<int>(std::min<int64_t>(count, visible));
+        };
+#if defined(__AMX_INT8__)
+        if (packed) {
+            for (int at = 0; at < count; at += W) my.queries.score_all(my.tile, at, my.scores);
+            for (int t = 0; t < piece.tokens; t++)
+                my.best[t].offer(my.scores + t * kTileKeys, low, seen(t));
+            continue;
+        }
+#endif
         for (int t = 0; t < piece.tokens; t++) {
-            int64_t visible = (piece.position + t + 1) / c.ratio - low;
-            int seen = static_cast<int>(std::min<int64_t>(count, visible));
-            alignas(64) float score[kTileKeys];
-            for (int at = 0; at < seen; at += kVectors * W)
-                my.queries.score(t, my.tile, at / W, packed, score + at);
-            my.best[t].offer(score, low, seen);
+            for (int at = 0; at < seen(t); at += kVectors * W)
+                my.queries.score(t, my.tile, at / W, packed, my.scores + at);
+            my.best[t].offer(my.scores, low, seen(t));
         }
     }
 }

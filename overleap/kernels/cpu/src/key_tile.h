@@ -15,12 +15,18 @@ namespace overleap::OVERLEAP_ISA {
 constexpr int kTileKeys = 256;
 constexpr int64_t kAhead = 128;  // entries that are fetched before they are needed
 constexpr int kGroupSteps = kFp4Group / 4;  // a step is 4 values of every key of a vector
-constexpr int kLift = 12;                   // added to keys: VNNI wants one unsigned side
 
-// Twice the e2m1 value of a code, and the same lifted, as bytes.
-alignas(16) constexpr int8_t kTwice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-alignas(16) constexpr int8_t kLifted[16] = {12, 13, 14, 15, 16, 18, 20, 24,
-                                            12, 11, 10, 9,  8,  6,  4,  0};
+// Twice the e2m1 value of a code, as bytes. Added to keys where one side is to be unsigned (VNNI).
+#if defined(__AMX_INT8__)
+constexpr int kLift = 0;
+#else
+constexpr int kLift = 12;
+#endif
+#define OVERLEAP_TWICE(by) {by, 1 + by, 2 + by, 3 + by, 4 + by, 6 + by, 8 + by, 12 + by, \
+                            by, by - 1, by - 2, by - 3, by - 4, by - 6, by - 8, by - 12}
+alignas(16) constexpr int8_t kTwice[16] = OVERLEAP_TWICE(0);
+alignas(16) constexpr int8_t kLifted[16] = OVERLEAP_TWICE(kLift);
+#undef OVERLEAP_TWICE
 
 // Values in an order of our own, the same for queries and keys: of every 4 packed bytes first the
 // low nibbles, then the high ones.

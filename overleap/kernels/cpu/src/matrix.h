@@ -5,6 +5,7 @@
 // Elsewhere nothing of this is used. Read next: meet.h.
 #pragma once
 
+#include "matrix_unit.h"
 #include "tile.h"
 
 namespace overleap::OVERLEAP_ISA {
@@ -98,29 +99,6 @@ static inline void transpose_blocks(__m512i* v) {
     v[2] = _mm512_unpacklo_epi64(high[0], high[1]);
     v[3] = _mm512_unpackhi_epi64(high[0], high[1]);
 }
-
-// This thread's tiles are 16 rows of 64 bytes while it lives, then what they were: torch remembers what
-// it has set.
-class Tiles {
-    struct alignas(64) Shapes {
-        uint8_t palette = 0, start = 0, zeros[14] = {};
-        uint16_t bytes[16] = {};
-        uint8_t rows[16] = {};
-    };
-    Shapes before_;
-
-  public:
-    Tiles() {
-        _tile_storeconfig(&before_);
-        Shapes ours;
-        ours.palette = 1;
-        for (int i = 0; i < 8; i++) ours.bytes[i] = 64, ours.rows[i] = 16;
-        _tile_loadconfig(&ours);
-    }
-    ~Tiles() { _tile_loadconfig(&before_); }
-    Tiles(const Tiles&) = delete;
-    Tiles& operator=(const Tiles&) = delete;
-};
 
 // 16 R rows, `apart` elements from one to the next, against a panel of `tiles` tiles -> [16 R, 16].
 template <int R>

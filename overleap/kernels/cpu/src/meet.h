@@ -128,7 +128,9 @@ static inline void fill_tiles(const Panel& of, const Panel* next, bf16* panel) {
 template <class Body>
 static inline void meet_tiles(const Panel& panel, const Panel* next, int64_t begin, int64_t end,
                               const bf16* tiled, int64_t apart, const Body& body) {
-    const Tiles in_use;
+    TileShapes whole;
+    for (int i = 0; i < 8; i++) whole.set(i, 16, 64);
+    const Tiles in_use(whole);
     const int64_t tiles = (panel.weight.columns + kBlockColumns - 1) / kBlockColumns * 4;
     bf16* elements = room<bf16>(tiles * kTile);
     fill_tiles(panel, next, elements);

@@ -24,7 +24,7 @@ static bool matrix_unit() {
 #if defined(__linux__)
     constexpr int kAskFor = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-           !syscall(SYS_arch_prctl, kAskFor, kTileData);
+           __builtin_cpu_supports("amx-int8") && !syscall(SYS_arch_prctl, kAskFor, kTileData);
 #else
     return false;
 #endif
