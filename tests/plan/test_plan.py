@@ -107,10 +107,8 @@ def beside(
     weights = x.whole + -(-x.cut // tensor)
     cache = (users + 1) * x.slot + (users * 8192 + 2) * x.page
     text = 48 * M * users
-    if torch:
-        scratch = chunk * x.torch_token + x.torch_fixed
-    else:
-        scratch = chunk * x.native_token + 4 * MIB
+    each, fixed = (x.torch_token, x.torch_fixed) if torch else (x.native_token, 4 * MIB)
+    scratch = chunk * each + fixed
     return weights + cache + text + snapshots + scratch + reserve
 
 
