@@ -15,9 +15,7 @@ REWIND_TOKENS = 8  # how far a sequence may move back: rings hold this many rows
 KV_GROUP = 64  # e4m3 values that share one ue8m0 scale in a cache entry
 KEY_GROUP = 32  # e2m1 values that share one e8m0 scale in an indexer key
 TILE_BYTES = 16 * 2**20  # the largest temporary that attention and the indexer may make
-NATIVE_BYTES = (
-    4 * 2**20
-)  # of native kernels: panels and tiles of each thread, what the model's code grows by
+NATIVE_BYTES = 4 * 2**20  # of native kernels: panels and tiles of each thread, code
 
 
 class CacheFormat(StrEnum):

@@ -51,6 +51,20 @@ def test_a_product_depends_on_its_row_alone(
         assert ops.matmul(x[lone : lone + 1], weight, rounds, wide).equal(whole[lone : lone + 1])
 
 
+@pytest.mark.parametrize("form", ["bf16", "fp8", "fp4"])
+def test_a_row_below_the_normal_range_depends_on_itself_alone(
+    form: str, isa: str, seed: int
+) -> None:
+    """Few rows and many also agree on what is too small for float, which some units take for 0."""
+    torch.manual_seed(seed)
+    weight, ops = FORMS[form](torch.randn(64, 160)), select("cpu")
+    scale = torch.randint(-140, -116, (40, 1)).double().exp2()
+    x = (torch.randn(40, 160, dtype=torch.float64) * scale).bfloat16()
+    whole = ops.matmul(x, weight, False, True)
+    for count in (1, 4, 6):
+        assert ops.matmul(x[:count], weight, False, True).equal(whole[:count])
+
+
 def test_torch_finds_its_matrix_unit_as_it_left_it(isa: str, seed: int) -> None:
     """torch sets the unit's tiles up once and remembers that it did."""
     torch.manual_seed(seed)

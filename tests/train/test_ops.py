@@ -60,12 +60,13 @@ def test_logits_and_taps_equal_the_definition(
         out = reference(batch, cache, taps)
         room, spans = work._room(step.counts)
         streams, our_taps, seen = work._trunk(step.ids_T, room, spans)
-    assert mostly(streams.float(), out.streams) < limit
+    off = relative if dtype is torch.float32 else mostly
+    assert off(streams.float(), out.streams) < limit
     for tap, ours, keys, sight in zip(taps, our_taps, work._keys, seen.attention, strict=True):
         entries = tap.keys.rows.view(-1, 32)[: sum(counts) // 4]
-        assert mostly(keys, entries) < limit
-        assert mostly(ours.index_q, tap.index_q) < limit
-        assert mostly(sight[3], tap.lse_TH) < limit
+        assert off(keys, entries) < limit
+        assert off(ours.index_q, tap.index_q) < limit
+        assert off(sight[3], tap.lse_TH) < limit
 
 
 def test_attention_has_exact_slopes_in_every_argument(seed: int) -> None:
