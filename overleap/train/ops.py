@@ -21,6 +21,7 @@ from overleap.train.attend import Tiles, attend, choose, wide_type
 
 ROPE_FREE_GROUP = 64
 INPUT_GROUP = 128
+EXPERT_ROWS = 128
 
 
 @dataclass
@@ -213,17 +214,27 @@ class TrainingOps(Composed):
         limit: float,
         round_input: bool,
     ) -> Tensor:
-        """See spec.Ops.experts; rows sorted by expert, one product an expert."""
-        flat = ids_TX.flatten()
+        """See spec.Ops.experts; rows sorted by expert, one product an expert.
+
+        Each expert's rows are filled up to whole EXPERT_ROWS with rows of weight 0: the library
+        that multiplies compiles each new shape, which takes longer than the product.
+        """
+        flat, number = ids_TX.flatten(), len(experts.w1)
         order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=len(experts.w1)).tolist()
-        token = order // ids_TX.shape[1]
+        counts = torch.bincount(flat, minlength=number)
+        room = (counts + EXPERT_ROWS - 1) // EXPERT_ROWS * EXPERT_ROWS
+        shift = (room.cumsum(0) - room) - (counts.cumsum(0) - counts)
+        place = torch.arange(len(flat), device=flat.device) + shift[flat[order]]
+        sizes = room.tolist()
+        token = flat.new_zeros(sum(sizes)).index_copy(0, place, order // ids_TX.shape[1])
+        chosen = weight_TX.flatten()[order]
+        share = chosen.new_zeros(len(token)).index_copy(0, place, chosen)
         pairs = zip(experts.w1, experts.w3, strict=True)
         both = [torch.cat((gate.data, up.data)).to(self.dtype) for gate, up in pairs]
-        rows = self._rounded(x_TD.to(self.dtype), experts.w1[0])[token].split(counts)
+        rows = self._rounded(x_TD.to(self.dtype), experts.w1[0])[token].split(sizes)
         wide = torch.cat([F.linear(x, w) for x, w in zip(rows, both, strict=True)])
-        hidden = self._gated(wide, weight_TX.flatten()[order], limit, self.dtype)
-        inner = self._rounded(hidden, experts.w2[0]).split(counts)
+        hidden = self._gated(wide, share, limit, self.dtype)
+        inner = self._rounded(hidden, experts.w2[0]).split(sizes)
         down = [F.linear(x, w.data.to(self.dtype)) for x, w in zip(inner, experts.w2, strict=True)]
         out = x_TD.new_zeros(x_TD.shape, dtype=self.wide)
         return out.index_add(0, token, torch.cat(down).to(self.wide))
