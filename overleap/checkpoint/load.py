@@ -16,7 +16,7 @@ from overleap.checkpoint import manifest as digests
 from overleap.checkpoint.files import Progress
 from overleap.checkpoint.folder import Checkpoint
 from overleap.checkpoint.hub import Preflight, locate
-from overleap.checkpoint.placing import experts_at, is_routed, tensor_bytes
+from overleap.checkpoint.placing import SPARE_BYTES, experts_at, is_routed, tensor_bytes
 from overleap.checkpoint.table import Damaged, Problem, Role
 from overleap.devices import find as find_device
 from overleap.errors import CheckpointError, OverleapError
@@ -129,12 +129,15 @@ def build(
     dtype: torch.dtype | None = None,
     wide: bool = False,
     backend: str = "auto",
+    spare_bytes: int = SPARE_BYTES,
+    memory_bytes: int | None = None,
 ) -> Transformer:
-    """A model from an opened checkpoint; arguments as for load()."""
+    """A model from an opened checkpoint; arguments as for load() and placing.experts_at()."""
     if dtype is None:
         dtype = torch.float32 if wide else checkpoint.tensor("embed.weight").dtype
     where = find_device(str(device))
-    experts = experts_at(tensor_bytes(checkpoint, dtype, wide), where)
+    sizes = tensor_bytes(checkpoint, dtype, wide)
+    experts = experts_at(sizes, where, spare_bytes, memory_bytes)
     ops = select(backend, where.type)
     if experts != where:
         ops = mixed(ops, select("auto", experts.type))

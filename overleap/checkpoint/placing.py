@@ -14,7 +14,7 @@ from overleap.devices import free_bytes
 from overleap.errors import CapacityError
 from overleap.machine import size
 
-SPARE_BYTES = 2 << 30  # of the device, for a cache of 1 GiB and the temporaries of a step
+SPARE_BYTES = 2 << 30  # of the device, where nobody says what cache and temporaries will take
 HOST = torch.device("cpu")
 
 
@@ -42,16 +42,24 @@ def tensor_bytes(checkpoint: Checkpoint, dtype: torch.dtype, wide: bool) -> dict
 
 
 def experts_at(
-    sizes: Mapping[str, int], device: torch.device, spare_bytes: int = SPARE_BYTES
+    sizes: Mapping[str, int],
+    device: torch.device,
+    spare_bytes: int = SPARE_BYTES,
+    memory_bytes: int | None = None,
 ) -> torch.device:
     """Where the routed experts go: to the device if all weights fit there, else to the CPU.
 
     sizes        bytes of every tensor by name
     spare_bytes  of the device that the weights must leave
+    memory_bytes of the device that may be taken in all; None: what is free
     Raises CapacityError when what is left does not fit on the device either.
     """
+    if device.type == "cpu":
+        return device
     free = free_bytes(device)
-    if device.type == "cpu" or free is None:
+    if memory_bytes is not None:
+        free = memory_bytes if free is None else min(free, memory_bytes)
+    if free is None:
         return device
     if sum(sizes.values()) + spare_bytes <= free:
         return device
@@ -59,7 +67,7 @@ def experts_at(
     if needed > free:
         raise CapacityError(
             f"without its routed experts the model needs {size(needed)} on {device}, "
-            f"{size(free)} is free",
-            'load it with device="cpu", or free memory of the device',
+            f"{size(spare_bytes)} of it beside the weights; {size(free)} may be used",
+            "take the CPU instead, a shorter context, or free memory of the device",
         )
     return HOST

@@ -36,7 +36,12 @@ Thinking = Annotated[
     bool | None, typer.Option("--thinking/--no-thinking", help="Think aloud, where it can.")
 ]
 Memory = Annotated[
-    str | None, typer.Option(help="Limit for the whole process, like 8GiB; else what is free.")
+    str | None,
+    typer.Option(help="Limit for the whole process, or of --device, like 8GiB; else what is free."),
+]
+Device = Annotated[
+    str,
+    typer.Option(help="`cpu`, a kind of accelerator (`overleap doctor` lists them), or `auto`."),
 ]
 CacheKind = Annotated[
     str,

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from overleap.cli import screen
-from overleap.cli.app import CacheKind, Json, app, cache_format_of
+from overleap.cli.app import CacheKind, Device, Json, app, cache_format_of
 from overleap.errors import RequestError
 from overleap.machine import peak_resident_bytes, size
 
@@ -62,6 +62,7 @@ def bench(
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens in the cache of --geometry.")] = 1048576,
     cache: CacheKind = "release",
+    device: Device = "cpu",
     backend: Annotated[
         list[str] | None,
         typer.Option(help="Kernel backend, else `auto`; repeated: compared with the first."),
@@ -93,8 +94,10 @@ def bench(
             "leave out --no-save and --geometry",
         )
     backends = backend or ["auto"]
-    settings = _settings(backends, threads, seed)
+    settings = _settings(backends, device, threads, seed)
     output = _Output(results, save, plot, as_json)
+    if versus and device != "cpu":
+        raise RequestError(f"--versus compares on the CPU, --device is {device}")
     if versus and "v3.2" in versus:
         _generations(versus, geometry, context, backends, settings, output)
         return
@@ -123,28 +126,31 @@ def _compare(
     _report("versus", *compare(model, depth, versus, rounds, backends, settings), output)
 
 
-def _settings(backends: list[str], threads: int | None, seed: int) -> dict[str, Any]:
+def _settings(backends: list[str], device: str, threads: int | None, seed: int) -> dict[str, Any]:
     """What every record says of how it was measured. A backend that cannot serve, or that serves
     an op wrongly, raises here."""
     import torch
 
+    from overleap import devices
     from overleap.kernels import table
     from overleap.kernels.conformance import refuse_red
 
+    where = devices.find(device)
     if threads is not None:
         torch.set_num_threads(threads)
     if len(set(backends)) < len(backends):
         raise RequestError(f"--backend names one twice: {', '.join(backends)}")
     settings: dict[str, Any] = {
         "backend": ", ".join(backends),
+        "device": str(where),
         "threads": torch.get_num_threads(),
         "seed": seed,
     }
     for name in backends:
         screen.note(f"proving the ops of {name}")
-        refuse_red(name)
+        refuse_red(name, where.type)
         who: dict[str, list[str]] = {}
-        for line in table(name):
+        for line in table(name, where.type):
             who.setdefault(line.backend, []).append(line.op)
         settings[f"ops_of_{name}"] = "; ".join(
             f"{one}: {' '.join(ops)}" for one, ops in who.items()
@@ -169,7 +175,7 @@ def _speed(
     found: dict[str, list[Speed]] = {}
     name, weights = "", None
     for backend in backends:
-        built, name, weights = open_model(model, settings["seed"], backend)
+        built, name, weights = open_model(model, settings["seed"], backend, settings["device"])
         with screen.bar(f"reading with {backend}", "tokens") as bar:
             found[backend] = speed(
                 built,
@@ -178,7 +184,7 @@ def _speed(
                 chunk_tokens=settings["chunk_tokens"],
                 format=form,
                 seed=settings["seed"],
-                native=native(backend),
+                native=native(backend, built.device.type),
                 progress=bar,
             )
         settings["config"] = json.dumps(built.config.to_dict())  # `overleap plan` learns from it
@@ -229,17 +235,26 @@ def _geometry(
     output: _Output,
 ) -> None:
     """Fill the caches of a released shape and time the attention of one decode step."""
+    import torch
+
     from overleap.config import ModelConfig
     from overleap.eval.geometry import geometry
     from overleap.kernels import select
 
-    config = ModelConfig.preset(name)
+    config, device = ModelConfig.preset(name), torch.device(settings["device"])
     numbers: list[dict[str, Any]] = []
     rows: list[tuple[object, ...]] = []
     title = ""
     for backend in backends:
         with screen.bar(f"filling the cache of {name}", "pools") as bar:
-            found = geometry(config, select(backend), tokens, seed=settings["seed"], progress=bar)
+            found = geometry(
+                config,
+                select(backend, device.type),
+                tokens,
+                device=device,
+                seed=settings["seed"],
+                progress=bar,
+            )
         peak = peak_resident_bytes() or 0
         title = (
             f"{name}, {tokens:,} tokens: {found.bytes_per_token:,.2f} B of cache a token "
@@ -294,7 +309,7 @@ def _report(
     """The table, or the record as JSON; then the record is kept, and drawn."""
     from overleap.eval.record import append, take
 
-    record = take(subject, numbers, settings, weights=weights)
+    record = take(subject, numbers, settings, weights=weights, device=settings["device"])
     if output.as_json:
         sys.stdout.write(record.to_json() + "\n")
     else:

@@ -16,6 +16,7 @@ from overleap.cli.app import (
     CACHE_SPACE,
     CacheDir,
     CacheSpace,
+    Device,
     Json,
     Keep,
     Memory,
@@ -40,6 +41,7 @@ def demo(
     seed: Seed = None,
     model: Model = "mini",
     memory: Memory = None,
+    device: Device = "cpu",
     keep: Keep = False,
     cache_dir: CacheDir = None,
     cache_space: CacheSpace = CACHE_SPACE,
@@ -52,7 +54,10 @@ def demo(
 
     Example: `overleap demo --tokens 65536 --seed 7`
     """
-    room, keeping = Room.of("release", memory, verify), Keeping.of(keep, cache_dir, cache_space)
+    room, keeping = (
+        Room.of("release", memory, verify, device),
+        Keeping.of(keep, cache_dir, cache_space),
+    )
     front, began = open_front(model), time.perf_counter()
     room.expect(front, tokens, DOCUMENT_BYTES)
     import_torch()

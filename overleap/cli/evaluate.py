@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from overleap.cli import screen
-from overleap.cli.app import Json, app, cache_format_of, text_of
+from overleap.cli.app import Device, Json, app, cache_format_of, text_of
 from overleap.cli.session import import_torch
 from overleap.errors import RequestError
 
@@ -39,6 +39,7 @@ def tasks(
     text: Text = None,
     cache: Cache = "release",
     dense: Dense = False,
+    device: Device = "cpu",
     plot: Annotated[Path | None, typer.Option(help="Draw a heat map into this PNG.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -53,7 +54,7 @@ def tasks(
 
     if kind not in KINDS:
         raise RequestError(f"--kind is {kind!r}", f"kinds are {', '.join(KINDS)}")
-    reader = Reader.open(model, format=cache_format_of(cache), dense=dense)
+    reader = Reader.open(model, format=cache_format_of(cache), dense=dense, device=device)
     chosen = range(first_seed, first_seed + seeds)
     lengths = tokens or [4096]
     with screen.bar("reading", "tokens") as bar:
@@ -89,6 +90,7 @@ def bits(
     tokens: Annotated[int, typer.Option(help="Tokens to read.", min=16)] = 16384,
     cache: Cache = "release",
     dense: Dense = False,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Bits per byte of a text by depth, beside gzip -9 and xz -9.
@@ -99,7 +101,7 @@ def bits(
     from overleap.eval.language import bits_per_byte
     from overleap.eval.reader import Reader
 
-    reader = Reader.open(model, format=cache_format_of(cache), dense=dense)
+    reader = Reader.open(model, format=cache_format_of(cache), dense=dense, device=device)
     with screen.bar("reading", "tokens") as bar:
         found = bits_per_byte(reader, _text(text), tokens, progress=bar)
     if as_json:

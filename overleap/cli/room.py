@@ -6,7 +6,7 @@ cache/layout.py). Read next: session.py (the model, once it is known to fit).
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,19 +75,21 @@ def _folder(name: str) -> Path:
 class Room:
     """What a command may take.
 
-    limit   bytes for the whole process, None: what is free
+    limit   bytes for the whole process, or of an accelerator; None: what is free
     verify  answers are computed a second time, in a cache of their own
+    device  as devices.find() takes it
     """
 
     cache_format: CacheFormat
     limit: int | None
     verify: bool
+    device: str = "cpu"
 
     @classmethod
-    def of(cls, cache_format: str, memory: str | None, verify: bool) -> "Room":
+    def of(cls, cache_format: str, memory: str | None, verify: bool, device: str = "cpu") -> "Room":
         """From options as they were typed. Raises RequestError and CapacityError."""
         limit = None if memory is None else parse_bytes(memory)
-        return cls(cache_format_of(cache_format), limit, verify)
+        return cls(cache_format_of(cache_format), limit, verify, device)
 
     def second_bytes(self, config: ModelConfig, tokens: int) -> int:
         """What checking an answer takes beside the engine's cache."""
@@ -146,6 +148,43 @@ class Room:
             else "no context fits beside the weights",
         )
 
+    def beside(self, config: ModelConfig, tokens: int, slots: int) -> int:
+        """Bytes that a run likes to have beside its weights, on whatever device they are."""
+        second = self.second_bytes(config, tokens)
+        form, most = self.cache_format, 1 << 62
+        return budget(
+            config, tokens, form, memory_bytes=most, slots=slots, resident_bytes=second
+        ).peak_bytes
+
+    def fit_on(
+        self,
+        free_bytes: int | None,
+        config: ModelConfig,
+        tokens: int,
+        *,
+        held_bytes: int,
+        slots: int = 2,
+        weights: Weights = NO_WEIGHTS,
+    ) -> Budget:
+        """As `fit`, for a run on an accelerator; its resident_bytes are those there.
+
+        free_bytes  of the accelerator, None where nothing tells
+        held_bytes  of weights that it has already
+        weights     that stayed on the host, and what they take there
+        """
+        may = 1 << 62 if free_bytes is None else held_bytes + free_bytes
+        found = budget(
+            config,
+            tokens,
+            self.cache_format,
+            memory_bytes=may if self.limit is None else min(may, self.limit),
+            slots=slots,
+            resident_bytes=held_bytes + self.second_bytes(config, tokens),
+        )
+        host = machine.free_bytes()
+        given = weights.expert_bytes if host is None else max(0, host - host // SPARED)
+        return replace(found, expert_bytes=min(given, weights.expert_bytes))
+
     def expect(self, front: Front, tokens: int, text_bytes: int = TEXT_BYTES) -> None:
         """Refuse now what cannot fit later, before torch is imported and weights are read.
 
@@ -153,6 +192,17 @@ class Room:
 
         Raises CapacityError, or RequestError for more positions than the model has.
         """
+        config = front.config
+        if self.device == "cpu":  # what another device has, torch tells
+            self._expect_memory(front, tokens, text_bytes)
+        if tokens > config.max_position_embeddings:
+            raise RequestError(
+                f"prompt and answer take {tokens} positions, the model has "
+                f"{config.max_position_embeddings}",
+                f"a context of {config.max_position_embeddings} is the most",
+            )
+
+    def _expect_memory(self, front: Front, tokens: int, text_bytes: int) -> None:
         config, wide = front.config, self.cache_format is CacheFormat.WIDE
         mapped = NO_WEIGHTS if wide else mapped_weights(config, front.weight_bytes)
         # Plain weights may be converted when they are read, to half their bytes or twice.
@@ -164,12 +214,6 @@ class Room:
             before = USUAL_RESIDENT + wide * WIDE_GROWTH * front.weight_bytes
             self.fit(config, tokens, before, text_bytes, native=True, weights=mapped)
             raise
-        if tokens > config.max_position_embeddings:
-            raise RequestError(
-                f"prompt and answer take {tokens} positions, the model has "
-                f"{config.max_position_embeddings}",
-                f"a context of {config.max_position_embeddings} is the most",
-            )
 
     def expect_text(self, front: Front, text: str, answer_tokens: int) -> None:
         """As `expect`, for a text whose tokens nobody has counted, and only as far as needed."""

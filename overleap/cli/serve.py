@@ -14,13 +14,12 @@ import typer
 
 from overleap.cli import screen
 from overleap.cli.accounts import Ledger, TiersFile, ledger_of
-from overleap.cli.app import CACHE_SPACE, CacheDir, CacheSpace, Keep, Memory, app
+from overleap.cli.app import CACHE_SPACE, CacheDir, CacheSpace, Device, Keep, Memory, app
 from overleap.cli.kept import Keeping, default_folder
 from overleap.cli.preflight import preflight
 from overleap.cli.room import Front, Room, open_front
-from overleap.cli.session import import_torch
+from overleap.cli.session import import_torch, load_model
 from overleap.errors import CapacityError, ConfigError, RequestError
-from overleap.machine import size
 
 SLOTS = 16
 CACHE_TOKENS = 524_288  # texts in the cache at once, all requests together
@@ -28,6 +27,7 @@ CACHE_TOKENS = 524_288  # texts in the cache at once, all requests together
 
 @app.command()
 def serve(
+    frame: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder, hub id org/name, or `mini`.")] = "mini",
     host: Annotated[str, typer.Option(help="Another address than this machine needs keys.")] = (
         "127.0.0.1"
@@ -57,6 +57,7 @@ def serve(
         Path | None, typer.Option(help="A system prompt whose cache all keys share.")
     ] = None,
     memory: Memory = None,
+    device: Device = "cpu",
     keep: Keep = True,
     cache_dir: CacheDir = None,
     cache_space: CacheSpace = CACHE_SPACE,
@@ -65,7 +66,10 @@ def serve(
 
     Example: `overleap serve`
     """
-    room, keeping = Room.of("release", memory, False), Keeping.of(keep, cache_dir, cache_space)
+    room, keeping = (
+        Room.of("release", memory, False, device),
+        Keeping.of(keep, cache_dir, cache_space),
+    )
     preflight(None if keeping is None else keeping.folder or default_folder())
     front = open_front(model)
     most = front.config.max_position_embeddings
@@ -96,7 +100,7 @@ def serve(
     )
     listening = listen(settings)
     database = Database(ledger_of(ledger))
-    weights = _Weights(front, room, total, slots, keeping)
+    weights = _Weights(frame, front, room, total, slots, keeping)
     service = assemble(
         Parts(
             settings=settings,
@@ -124,37 +128,31 @@ class _Weights:
     """The model, loaded now, and the engine, made in the thread that will use it."""
 
     def __init__(
-        self, front: Front, room: Room, tokens: int, slots: int, keeping: Keeping | None
+        self,
+        frame: typer.Context,
+        front: Front,
+        room: Room,
+        tokens: int,
+        slots: int,
+        keeping: Keeping | None,
     ) -> None:
-        from overleap.checkpoint import load
-        from overleap.checkpoint.manifest import read_manifest
-        from overleap.kernels import native
-
         self._room, self._keeping = room, keeping
-        with screen.bar("verifying weights", "B") as bar:
-            self._model: Any = load(front.folder, progress=bar)
-        manifest = read_manifest(front.folder)
-        self.digest = "" if manifest is None else manifest.digest
-        self._fits = room.fit(front.config, tokens, native=native(), slots=slots)
-        if self._fits.chunk_tokens < slots:
+        self._loaded = load_model(frame, front, room, tokens, slots)
+        self.digest, chunk = self._loaded.digest, self._loaded.fits.chunk_tokens
+        if chunk < slots:
             raise CapacityError(
-                f"{slots} requests at once need a step of as many tokens, "
-                f"{self._fits.chunk_tokens} fit"
+                f"{slots} requests at once need a step of as many tokens, {chunk} fit"
             )
-        screen.note(
-            f"predicted peak memory {size(self._fits.peak_bytes)}: "
-            f"{size(self._fits.cache_bytes)} cache for {tokens:,} tokens of {slots} requests"
-        )
 
     @contextmanager
     def engine(self) -> Iterator[Any]:
         from overleap.engine.choices import Choices
         from overleap.engine.engine import Engine
 
-        disk, fits = self._disk(), self._fits
+        disk, fits = self._disk(), self._loaded.fits
         try:
             yield Engine(
-                self._model,
+                self._loaded.model,
                 pages=fits.pages,
                 slots=fits.slots,
                 format=self._room.cache_format,
@@ -162,7 +160,8 @@ class _Weights:
                 snapshot_bytes=fits.snapshot_bytes,
                 model_digest=self.digest,
                 disk=disk,
-                choices=Choices(self._model),
+                choices=Choices(self._loaded.model),
+                resident=self._loaded.resident,
             )
         finally:
             if disk is not None:

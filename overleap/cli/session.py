@@ -169,68 +169,126 @@ class Told:
     verified: dict[str, Any] | None
 
 
-def open_session(
-    context: typer.Context, front: Front, room: Room, tokens: int, keeping: Keeping | None = None
-) -> Session:
+@dataclass(frozen=True)
+class Loaded:
+    """A model where it is to run, before its engine.
+
+    digest    names its weights, empty where nothing does
+    fits      what was predicted for a run; resident_bytes include second_bytes
+    resident  what bounds the routed experts in memory; None where all of them may be there
+    """
+
+    model: Any
+    digest: str
+    fits: Budget
+    resident: Any
+
+
+def load_model(
+    context: typer.Context, front: Front, room: Room, tokens: int, slots: int = 2
+) -> Loaded:
     """Load the weights, with a bar while bytes are verified, and say what memory a run will take.
 
-    tokens   of the longest text, its answer included
-    keeping  where what is read is kept on disk; None for nowhere
+    tokens   of all texts in the cache, their answers included; slots: how many they are
+    Raises CapacityError where they do not fit.
     """
     import_torch()
+    from overleap import devices
     from overleap.checkpoint import Verified, build, open_checkpoint, placed
     from overleap.checkpoint.manifest import read_manifest
-    from overleap.engine.engine import Engine
     from overleap.engine.resident import Resident
     from overleap.kernels import native, shortfall
 
-    form = room.cache_format
+    device, config = devices.find(room.device), front.config
     with screen.bar("verifying weights", "B") as bar:
         checkpoint, verified = open_checkpoint(front.folder, progress=bar)
     if verified is Verified.HEADERS:
         screen.note(f"weights: {verified}; `overleap models verify` reads every byte")
-    model = build(checkpoint, wide=form == "wide")
+    model = build(
+        checkpoint,
+        device=device,
+        wide=room.cache_format == "wide",
+        spare_bytes=room.beside(config, tokens, slots),
+        memory_bytes=room.limit,
+    )
     lying = placed(checkpoint, model)
     manifest = read_manifest(front.folder)
-    digest = "" if manifest is None else manifest.digest
-    disk = None if keeping is None else open_disk(context, digest, keeping)
-    fits = room.fit(model.config, tokens, native=native(), weights=lying.weights)
-    if why := shortfall():
-        screen.note(why)
-    screen.note(_prediction(fits, lying.weights, tokens, room.second_bytes(model.config, tokens)))
+    if device.type == "cpu":
+        fits = room.fit(config, tokens, native=native(), slots=slots, weights=lying.weights)
+    else:
+        held = sum(p.nbytes for p in model.parameters() if p.device.type == device.type)
+        free = devices.free_bytes(device)
+        fits = room.fit_on(
+            free, config, tokens, held_bytes=held, slots=slots, weights=lying.weights
+        )
+    for why in (shortfall(device.type), _unused(device.type)):
+        if why:
+            screen.note(why)
+    second = room.second_bytes(config, tokens)
+    screen.note(_prediction(fits, lying.weights, tokens, slots, second, device))
     resident = None
     if fits.expert_bytes < lying.weights.expert_bytes:
         resident = Resident(model, lying, fits.expert_bytes)
         context.call_on_close(resident.close)
+    return Loaded(model, "" if manifest is None else manifest.digest, fits, resident)
+
+
+def open_session(
+    context: typer.Context, front: Front, room: Room, tokens: int, keeping: Keeping | None = None
+) -> Session:
+    """A model and an engine for it.
+
+    tokens   of the longest text, its answer included
+    keeping  where what is read is kept on disk; None for nowhere
+    """
+    loaded = load_model(context, front, room, tokens)
+    from overleap.engine.engine import Engine
+
     engine = Engine(
-        model,
-        pages=fits.pages,
-        slots=fits.slots,
-        format=form,
-        chunk_tokens=fits.chunk_tokens,
-        snapshot_bytes=fits.snapshot_bytes,
-        model_digest=digest,
-        disk=disk,
-        resident=resident,
+        loaded.model,
+        pages=loaded.fits.pages,
+        slots=loaded.fits.slots,
+        format=room.cache_format,
+        chunk_tokens=loaded.fits.chunk_tokens,
+        snapshot_bytes=loaded.fits.snapshot_bytes,
+        model_digest=loaded.digest,
+        disk=None if keeping is None else open_disk(context, loaded.digest, keeping),
+        resident=loaded.resident,
     )
-    return Session(front, room, model, engine, fits)
+    return Session(front, room, loaded.model, engine, loaded.fits)
 
 
-def _prediction(fits: Budget, weights: Weights, tokens: int, second: int) -> str:
+def _unused(device: str) -> str:
+    """That an accelerator is there which was not asked for; empty where none is."""
+    from overleap import devices
+
+    found = devices.accelerators() if device == "cpu" else []
+    return f"{found[0].what} is not used: --device {found[0].name} would" if found else ""
+
+
+def _prediction(
+    fits: Budget, weights: Weights, tokens: int, slots: int, second: int, device: Any
+) -> str:
     """What a run will take in memory, part by part."""
+    on_host = device.type == "cpu"
     whole = fits.expert_bytes == weights.expert_bytes
-    mapped = fits.weight_bytes + whole * fits.expert_bytes
+    mapped = fits.weight_bytes + whole * fits.expert_bytes * on_host
+    experts = f"{size(fits.expert_bytes)} for {size(weights.expert_bytes)} of experts"
+    peak = fits.peak_bytes - (0 if on_host else fits.expert_bytes)
     parts = [
-        f"{size(fits.resident_bytes - second)} now",
+        f"{size(fits.resident_bytes - second)} {'now' if on_host else 'weights'}",
         f"{size(mapped)} weights still to be read" if mapped else "",
-        f"{size(fits.expert_bytes)} for {size(weights.expert_bytes)} of experts" * (not whole),
-        f"{size(fits.cache_bytes)} cache for {tokens:,} tokens",
+        experts * (on_host and not whole),
+        f"{size(fits.cache_bytes)} cache for {tokens:,} tokens"
+        + f" of {slots} requests" * (slots > 2),
         f"{size(fits.kept_bytes)} snapshots and text",
         f"{size(fits.scratch_bytes)} scratch",
         f"{size(second)} to verify" if second else "",
     ]
     told = ", ".join(part for part in parts if part)
-    return f"predicted peak memory {size(fits.peak_bytes)}: {told}"
+    where = "" if on_host else f" of {device}"
+    apart = f"; on the host {experts}" if not on_host and weights.expert_bytes else ""
+    return f"predicted peak memory{where} {size(peak)}: {told}{apart}"
 
 
 def import_torch() -> None:

@@ -16,6 +16,7 @@ from overleap.cli.app import (
     CacheDir,
     CacheKind,
     CacheSpace,
+    Device,
     Effort,
     Json,
     Keep,
@@ -52,6 +53,7 @@ def ask(
     thinking: Thinking = None,
     cache: CacheKind = "release",
     memory: Memory = None,
+    device: Device = "cpu",
     keep: Keep = True,
     cache_dir: CacheDir = None,
     cache_space: CacheSpace = CACHE_SPACE,
@@ -67,7 +69,7 @@ def ask(
     from overleap.chat.dialects import ask_prompt
     from overleap.engine.request import Sampling
 
-    room, keeping = Room.of(cache, memory, verify), Keeping.of(keep, cache_dir, cache_space)
+    room, keeping = Room.of(cache, memory, verify, device), Keeping.of(keep, cache_dir, cache_space)
     preflight(None if keeping is None else keeping.folder or default_folder())
     text, front = "\n\n".join(text_of(name).rstrip() for name in files), open_front(model)
     prompt = ask_prompt(text, question, front.profile, thinking=thinking, effort=effort)
@@ -104,6 +106,7 @@ def chat(
     effort: Effort = None,
     thinking: Thinking = None,
     memory: Memory = None,
+    device: Device = "cpu",
     keep: Keep = True,
     cache_dir: CacheDir = None,
     cache_space: CacheSpace = CACHE_SPACE,
@@ -129,7 +132,10 @@ def chat(
     from overleap.chat.dialects import render_chat
     from overleap.engine.request import Sampling
 
-    room, keeping = Room.of("release", memory, verify), Keeping.of(keep, cache_dir, cache_space)
+    room, keeping = (
+        Room.of("release", memory, verify, device),
+        Keeping.of(keep, cache_dir, cache_space),
+    )
     front = open_front(model)
     room.expect(front, tokens)
     session = open_session(context, front, room, tokens, keeping)
@@ -200,6 +206,7 @@ def generate(
     seed: Seed = None,
     cache: CacheKind = "release",
     memory: Memory = None,
+    device: Device = "cpu",
     verify: Verify = False,
     as_json: Json = False,
 ) -> None:
@@ -209,7 +216,7 @@ def generate(
     """
     from overleap.engine.request import Request, Sampling
 
-    room, front = Room.of(cache, memory, verify), open_front(model)
+    room, front = Room.of(cache, memory, verify, device), open_front(model)
     text = text_of("-") if prompt == "-" else prompt
     room.expect_text(front, text, max_tokens + 1)
     ids = [front.tokenizer.bos_id, *front.tokenizer.encode(text)]

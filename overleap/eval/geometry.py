@@ -17,10 +17,12 @@ from overleap.cache.layout import CacheFormat
 from overleap.cache.pool import row_formats
 from overleap.cache.state import Cache, LayerCache
 from overleap.config import RATIO_OF_KIND, LayerKind, ModelConfig
+from overleap.devices import free_bytes, synchronise
 from overleap.errors import CapacityError
 from overleap.kernels.spec import Ops, Pool, Spans
-from overleap.machine import free_bytes, size
+from overleap.machine import size
 
+CPU = torch.device("cpu")
 BANK_ROWS = 4096  # different random rows; every pool is filled with draws from these
 FILL_ROWS = 1 << 16
 
@@ -60,6 +62,7 @@ def geometry(
     ops: Ops,
     tokens: int,
     *,
+    device: torch.device = CPU,
     repeats: int = 3,
     pick: Callable[[list[float]], float] = statistics.median,
     clock: Callable[[], float] = time.perf_counter,
@@ -75,17 +78,17 @@ def geometry(
     """
     pages = layout.pages_for(tokens)
     needed = pages * layout.page_bytes(config, CacheFormat.RELEASE)
-    free = free_bytes()
+    free = free_bytes(device)
     if free is not None and needed > free:
         raise CapacityError(
             f"a cache of {tokens} tokens takes {size(needed)}, {size(free)} is free",
             "give a smaller --context",
         )
     generator = torch.Generator().manual_seed(seed)
-    cache = Cache(config, pages=pages, slots=1)
+    cache = Cache(config, pages=pages, slots=1, device=device)
     entry, key = row_formats(config, CacheFormat.RELEASE)
-    bank = ops.quantize(torch.randn(BANK_ROWS, entry.width, generator=generator), entry)
-    keys = ops.quantize(torch.randn(BANK_ROWS, key.width, generator=generator), key)
+    bank = ops.quantize(torch.randn(BANK_ROWS, entry.width, generator=generator).to(device), entry)
+    keys = ops.quantize(torch.randn(BANK_ROWS, key.width, generator=generator).to(device), key)
     pools = [(p, bank) for p in cache.pool.entries if p] + [(p, keys) for p in cache.pool.keys if p]
     for done, (pool, rows) in enumerate(pools):
         _fill(pool, rows, generator)
@@ -93,7 +96,7 @@ def geometry(
             progress(done + 1, len(pools))
     for layer in cache.layers:
         layer.ring.rows[0] = bank[: layer.ring.per_page]
-    spans = Spans.of([(tokens - 1, 1, 0, list(range(pages)))], torch.device("cpu"))
+    spans = Spans.of([(tokens - 1, 1, 0, list(range(pages)))], device)
     step = _Step(config, ops, cache.layers, spans, bank, generator, clock)
     return Geometry(
         tokens,
@@ -109,7 +112,8 @@ def _fill(pool: Pool, bank: Tensor, generator: torch.Generator) -> None:
     flat = pool.rows.view(-1, pool.rows.shape[-1])
     for low in range(0, len(flat), FILL_ROWS):
         part = flat[low : low + FILL_ROWS]
-        part.copy_(bank[torch.randint(len(bank), (len(part),), generator=generator)])
+        drawn = torch.randint(len(bank), (len(part),), generator=generator)
+        part.copy_(bank[drawn.to(bank.device)])
 
 
 class _Step:
@@ -132,15 +136,16 @@ class _Step:
             for kind in LayerKind
         }
         heads, width = config.num_attention_heads, config.head_dim
-        self.q = torch.randn(1, heads, width, generator=generator)
-        self.sink, self.fresh = torch.zeros(heads), bank[:1]
+        device = bank.device
+        self.q = torch.randn(1, heads, width, generator=generator).to(device)
+        self.sink, self.fresh = torch.zeros(heads, device=device), bank[:1]
         _, key = row_formats(config, CacheFormat.RELEASE)
         index = torch.randn(1, config.index_n_heads, key.width, generator=generator)
-        self.index_q = ops.quantize(index, key)
+        self.index_q = ops.quantize(index.to(device), key)
         visible = (spans.start[0] + 1) // 4
         count = min(config.index_topk, visible)
-        self.chosen = torch.randperm(visible, generator=generator)[None, :count]
-        self.index_weight = torch.randn(1, config.index_n_heads, generator=generator)
+        self.chosen = torch.randperm(visible, generator=generator)[None, :count].to(device)
+        self.index_weight = torch.randn(1, config.index_n_heads, generator=generator).to(device)
 
     def measure(self, repeats: int, pick: Callable[[list[float]], float]) -> tuple[Part, ...]:
         """The picked time of every part, each over all its layers."""
@@ -178,13 +183,15 @@ class _Step:
         pick: Callable[[list[float]], float],
         call: Callable[[LayerCache], object],
     ) -> Part:
-        times = []
+        times, device = [], self.fresh.device
         with torch.inference_mode():
             call(layers[0])  # the first call allocates
+            synchronise(device)
             for _ in range(repeats):
                 began = self.clock()
                 for layer in layers:
                     call(layer)
+                synchronise(device)
                 times.append(self.clock() - began)
         return Part(name, len(layers), pick(times), read_bytes * len(layers))
 

@@ -9,12 +9,15 @@ from torch import Tensor
 from overleap.checkpoint import tensor_table
 from overleap.checkpoint.table import FP4, FP8, Role
 from overleap.config import ModelConfig
+from overleap.devices import find
 from overleap.kernels import select
 from overleap.kernels.torch.quant import fp4_weight, fp8_weight
 from overleap.model.transformer import Transformer
 
 
-def random_model(config: ModelConfig, seed: int = 0, *, backend: str = "auto") -> Transformer:
+def random_model(
+    config: ModelConfig, seed: int = 0, *, backend: str = "auto", device: str = "cpu"
+) -> Transformer:
     """A model of this shape with random weights, packed where the config says so."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
@@ -38,8 +41,9 @@ def random_model(config: ModelConfig, seed: int = 0, *, backend: str = "auto") -
         assert weight.scale is not None
         tensors[name] = weight.data
         tensors[name.removesuffix("weight") + "scale"] = weight.scale
-    model = Transformer(config, select(backend))
-    model.assign(tensors)
+    where = find(device)
+    model = Transformer(config, select(backend, where.type))
+    model.assign({name: tensor.to(where) for name, tensor in tensors.items()})
     return model
 
 

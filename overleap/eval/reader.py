@@ -50,17 +50,19 @@ class Reader:
         *,
         format: CacheFormat = CacheFormat.RELEASE,
         dense: bool = False,
+        device: str = "cpu",
     ) -> Self:
-        """A model folder, hub id or `mini`."""
+        """A model folder, hub id or `mini`, on a device as devices.find() takes it."""
         folder = locate(str(name))
-        return cls(load(folder), Tokenizer.from_folder(folder), format=format, dense=dense)
+        model = load(folder, device=device)
+        return cls(model, Tokenizer.from_folder(folder), format=format, dense=dense)
 
     def read(
         self, ids: list[int], room: int = 64, progress: Progress | None = None
     ) -> tuple[Cache, Sequence]:
         """Read a text, leaving room for so many more tokens a question."""
         pages = -(-(len(ids) + room) // PAGE) + -(-room // PAGE) + 2
-        cache = Cache(self.model.config, pages=pages, slots=2, format=self.format)
+        cache = self._cache(pages, slots=2)
         sequence = cache.open()
         for low in range(0, len(ids), CHUNK):
             self._step(cache, sequence, ids[low : low + CHUNK])
@@ -83,12 +85,16 @@ class Reader:
 
     def logits(self, ids: list[int]) -> Iterator[Tensor]:
         """Logits f32 [chunk, V] of every position, chunk after chunk."""
-        cache = Cache(
-            self.model.config, pages=-(-len(ids) // PAGE) + 1, slots=1, format=self.format
-        )
+        cache = self._cache(-(-len(ids) // PAGE) + 1, slots=1)
         sequence = cache.open()
         for low in range(0, len(ids), CHUNK):
-            yield self._step(cache, sequence, ids[low : low + CHUNK], whole=True)
+            yield self._step(cache, sequence, ids[low : low + CHUNK], whole=True).cpu()
+
+    def _cache(self, pages: int, slots: int) -> Cache:
+        model = self.model
+        return Cache(
+            model.config, pages=pages, slots=slots, format=self.format, device=model.device
+        )
 
     def _step(
         self, cache: Cache, sequence: Sequence, ids: list[int], whole: bool = False

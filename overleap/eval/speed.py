@@ -16,14 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from overleap import machine
+from overleap import devices, machine
 from overleap.cache import layout
 from overleap.cache.layout import CacheFormat, pages_for
 from overleap.cache.state import Cache
 from overleap.cache.state import Sequence as Text
 from overleap.checkpoint import load, locate
 from overleap.checkpoint.manifest import read_manifest
-from overleap.config import ModelConfig
 from overleap.engine.budget import CHUNKS, SPARE_PAGES, budget
 from overleap.engine.runner import run
 from overleap.errors import CheckpointError, RequestError
@@ -45,7 +44,8 @@ class Memory:
 
     cache_bytes           what the sequence holds: its pages, window rings and tails
     allocated_bytes       the whole cache: that, a second slot, spare pages
-    base_bytes            the process with its weights, before it had a cache; 0 if unknown
+    base_bytes            the process with its weights, before it had a cache; 0 if unknown, as
+                          on an accelerator, where the peak is unknown too
     peak_bytes            the most resident since the depth before (Linux; elsewhere: ever);
                           None if unknown
     predicted_peak_bytes  base, allocated and the scratch formula of cache/layout.py
@@ -164,9 +164,9 @@ def speed(
         )
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(config.vocab_size, (depths[-1],), generator=generator)
-    base = _base_bytes(model)
+    base = _base_bytes(model) if model.device.type == "cpu" else 0
     scratch = layout.scratch_bytes(config, chunk_tokens, native)
-    _refuse_what_does_not_fit(config, depths, decode_tokens, scratch, base, format)
+    _refuse_what_does_not_fit(model, depths, decode_tokens, scratch, base, format)
     _warm_up(model, ids[:WARM_UP_TOKENS].tolist(), format)
     reading = _Reading(model, ids, chunk_tokens, format, progress)
     found: list[Speed] = []
@@ -182,7 +182,7 @@ def speed(
             reading.cache.nbytes(reading.text),
             reading.cache.allocated_bytes,
             base,
-            machine.recent_peak_bytes(),
+            machine.recent_peak_bytes() if base else None,
             base + reading.cache.allocated_bytes + scratch,
         )
         found.append(Speed(depth, seconds, depth - before, took, tuple(steps), memory))
@@ -198,7 +198,7 @@ def _base_bytes(model: Transformer) -> int:
 
 
 def _refuse_what_does_not_fit(
-    config: ModelConfig,
+    model: Transformer,
     depths: Sequence[int],
     decode_tokens: int,
     scratch_bytes: int,
@@ -210,9 +210,10 @@ def _refuse_what_does_not_fit(
     For a moment it stands beside the one before it. The budget counts scratch of its own choice
     of chunk, so what this run takes beyond the least of them is asked for with the base.
     """
-    free = machine.free_bytes()
+    config, free = model.config, devices.free_bytes(model.device)
     if free is None:
         return
+    held = machine.resident_bytes() if base_bytes else 0
     beside = max(0, scratch_bytes - layout.scratch_bytes(config, CHUNKS[-1], True))
     if len(depths) > 1:
         pages = pages_for(depths[-2] + decode_tokens) + SPARE_PAGES
@@ -222,7 +223,7 @@ def _refuse_what_does_not_fit(
         config,
         depths[-1] + decode_tokens,
         format,
-        memory_bytes=machine.resident_bytes() + free,
+        memory_bytes=held + free,
         slots=SLOTS,
         resident_bytes=base_bytes + beside,
         kept=False,
@@ -309,8 +310,7 @@ def _write(model: Transformer, cache: Cache, text: Text, count: int) -> list[flo
 def _step(model: Transformer, cache: Cache, text: Text, ids: list[int]) -> tuple[float, Tensor]:
     began = time.perf_counter()
     logits = run(model, cache, [(text, ids, 1)])
-    if model.device.type != "cpu":
-        torch.accelerator.synchronize(model.device)
+    devices.synchronise(model.device)
     return time.perf_counter() - began, logits
 
 
@@ -331,19 +331,20 @@ def open_folder(name: str | None, seed: int = 0) -> Iterator[tuple[Path, str, st
 
 
 def open_model(
-    name: str | None, seed: int = 0, backend: str = "auto"
+    name: str | None, seed: int = 0, backend: str = "auto", device: str = "cpu"
 ) -> tuple[Transformer, str, str | None]:
     """The model to measure, its name, and what its record says of the weights.
 
     None is the bundled model, or a small one with random weights where there is none.
     """
     if name == "random":
-        return random_model(small_config(), seed, backend=backend), "random", f"normal, seed {seed}"
+        model = random_model(small_config(), seed, backend=backend, device=device)
+        return model, "random", f"normal, seed {seed}"
     try:
         # Weights are views of the mapped files, which may be gone from the folder afterwards.
         with open_folder(name, seed) as (folder, called, weights):
-            return load(folder, backend=backend), called, weights
+            return load(folder, backend=backend, device=device), called, weights
     except CheckpointError:
         if name is not None:
             raise
-        return open_model("random", seed, backend)
+        return open_model("random", seed, backend, device)

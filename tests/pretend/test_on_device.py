@@ -1,12 +1,16 @@
 """What the package does on the pretend device. Skipped but in the process that has it: see
 ../test_pretend_device.py."""
 
+import json
+import re
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from overleap import devices
 from overleap.cache.layout import CacheFormat
@@ -14,9 +18,11 @@ from overleap.cache.state import Cache
 from overleap.checkpoint import load, placing
 from overleap.checkpoint.folder import Checkpoint
 from overleap.checkpoint.placing import SPARE_BYTES, is_routed, tensor_bytes
+from overleap.cli import app
+from overleap.cli.room import Room, open_front
 from overleap.engine.engine import Engine
 from overleap.engine.request import Request, Sampling
-from overleap.errors import BackendError, CapacityError
+from overleap.errors import BackendError, CapacityError, RequestError
 from overleap.kernels import select, table
 from overleap.kernels.conformance import conform
 from overleap.kernels.spec import COARSE, OP_NAMES, Ops
@@ -148,3 +154,53 @@ def test_experts_stay_on_the_host_where_the_device_is_small(
     free[0] = SPARE_BYTES
     with pytest.raises(CapacityError, match="without its routed experts the model needs"):
         load(folder, device=pretend.NAME, dtype=torch.float32)
+
+
+def told(*command: str) -> tuple[dict[str, Any], str]:
+    """What a command printed as JSON, and what it said beside it."""
+    done = CliRunner().invoke(app, [*command, "--device", pretend.NAME, "--json"])
+    assert done.exception is None, done.exception
+    return json.loads(done.stdout), done.stderr
+
+
+def test_a_command_reads_and_answers_on_it(seed: int) -> None:
+    came, _ = pretend.crossings()
+    found, said = told("demo", "--tokens", "600", "--facts", "2", "--seed", str(seed), "--verify")
+    assert found["verified"]["tokens"] > 0
+    assert found["predicted_peak_bytes"] > found["cache_bytes"]
+    assert "predicted peak memory of pretend " in said and "on the host" not in said
+    assert pretend.crossings()[0] - came > open_front("mini").weight_bytes / 2
+
+
+def test_a_command_leaves_experts_on_the_host_where_memory_is_scarce(seed: int) -> None:
+    """--memory bounds the device; what the run takes beside the weights is known before."""
+    front = open_front("mini")
+    config, context = front.config, 700
+    beside = Room(CacheFormat.RELEASE, None, False).beside(config, context, slots=2)
+    sizes = tensor_bytes(Checkpoint(front.folder), torch.bfloat16, False)
+    routed = sum(count for name, count in sizes.items() if is_routed(name))
+    least = beside + sum(sizes.values()) - routed
+    prompt = " ".join(["def"] * 500)
+    asked = ("generate", prompt, "--max-tokens", "5", "--temperature", "0", "--memory")
+    whole, said = told(*asked, str(least + routed))
+    assert "on the host" not in said
+    parts, said = told(*asked, str(least + routed // 2))
+    assert re.search(r"; on the host [\d.]+ MiB for [\d.]+ MiB of experts", said)
+    assert parts["usage"]["generated_tokens"] == whole["usage"]["generated_tokens"] == 5
+    refused = CliRunner().invoke(app, [*asked, str(least // 2), "--device", pretend.NAME])
+    assert isinstance(refused.exception, CapacityError)
+    assert "on pretend" in refused.exception.message
+
+
+def test_speed_is_measured_on_it(tmp_path: Path) -> None:
+    short = ("--decode", "2", "--threads", "1", "--results", str(tmp_path))
+    record, _ = told("bench", "random", "--depth", "300", *short)
+    assert record["settings"]["device"] == pretend.NAME
+    assert record["numbers"][0]["prefill_s"] > 0
+    assert record["numbers"][0]["peak_process_bytes"] is None
+    record, _ = told("bench", "--geometry", "v4-flash", "--context", "2048", *short)
+    assert {row.get("part") for row in record["numbers"]} > {"index scan (CSA)", None}
+    refused = CliRunner().invoke(
+        app, ["bench", "--versus", "transformers", "--device", pretend.NAME, *short]
+    )
+    assert isinstance(refused.exception, RequestError)
