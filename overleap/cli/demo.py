@@ -54,10 +54,8 @@ def demo(
 
     Example: `overleap demo --tokens 65536 --seed 7`
     """
-    room, keeping = (
-        Room.of("release", memory, verify, device),
-        Keeping.of(keep, cache_dir, cache_space),
-    )
+    room = Room.of("release", memory, verify, device)
+    keeping = Keeping.of(keep, cache_dir, cache_space)
     front, began = open_front(model), time.perf_counter()
     room.expect(front, tokens, DOCUMENT_BYTES)
     import_torch()

@@ -66,10 +66,8 @@ def serve(
 
     Example: `overleap serve`
     """
-    room, keeping = (
-        Room.of("release", memory, False, device),
-        Keeping.of(keep, cache_dir, cache_space),
-    )
+    room = Room.of("release", memory, False, device)
+    keeping = Keeping.of(keep, cache_dir, cache_space)
     preflight(None if keeping is None else keeping.folder or default_folder())
     front = open_front(model)
     most = front.config.max_position_embeddings

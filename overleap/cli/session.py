@@ -197,7 +197,7 @@ def load_model(
     from overleap.checkpoint import Verified, build, open_checkpoint, placed
     from overleap.checkpoint.manifest import read_manifest
     from overleap.engine.resident import Resident
-    from overleap.kernels import native, shortfall
+    from overleap.kernels import shortfall
 
     device, config = devices.find(room.device), front.config
     with screen.bar("verifying weights", "B") as bar:
@@ -213,14 +213,7 @@ def load_model(
     )
     lying = placed(checkpoint, model)
     manifest = read_manifest(front.folder)
-    if device.type == "cpu":
-        fits = room.fit(config, tokens, native=native(), slots=slots, weights=lying.weights)
-    else:
-        held = sum(p.nbytes for p in model.parameters() if p.device.type == device.type)
-        free = devices.free_bytes(device)
-        fits = room.fit_on(
-            free, config, tokens, held_bytes=held, slots=slots, weights=lying.weights
-        )
+    fits = _fitting(room, model, tokens, slots, lying.weights)
     for why in (shortfall(device.type), _unused(device.type)):
         if why:
             screen.note(why)
@@ -256,6 +249,19 @@ def open_session(
         resident=loaded.resident,
     )
     return Session(front, room, loaded.model, engine, loaded.fits)
+
+
+def _fitting(room: Room, model: Any, tokens: int, slots: int, weights: Weights) -> Budget:
+    """What a run takes where the model is. Raises CapacityError."""
+    from overleap import devices
+    from overleap.kernels import native
+
+    config, device = model.config, model.device
+    if device.type == "cpu":
+        return room.fit(config, tokens, native=native(), slots=slots, weights=weights)
+    held = sum(p.nbytes for p in model.parameters() if p.device.type == device.type)
+    free = devices.free_bytes(device)
+    return room.fit_on(free, config, tokens, held_bytes=held, slots=slots, weights=weights)
 
 
 def _unused(device: str) -> str:

@@ -132,10 +132,8 @@ def chat(
     from overleap.chat.dialects import render_chat
     from overleap.engine.request import Sampling
 
-    room, keeping = (
-        Room.of("release", memory, verify, device),
-        Keeping.of(keep, cache_dir, cache_space),
-    )
+    room = Room.of("release", memory, verify, device)
+    keeping = Keeping.of(keep, cache_dir, cache_space)
     front = open_front(model)
     room.expect(front, tokens)
     session = open_session(context, front, room, tokens, keeping)

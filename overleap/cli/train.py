@@ -38,6 +38,8 @@ def train(
 
     Example: `overleap train examples ./run` then `overleap train resume ./run`
     """
+    # Products of every length of a tile are compiled once; the 1,024 kept else are too few.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     import_torch()
     from overleap.config import ModelConfig
     from overleap.train.loop import recipe_of, run

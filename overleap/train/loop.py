@@ -8,7 +8,6 @@ each, its state. Not here: losses.py, one pass (passes.py), rows (data.py), keep
 
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -113,8 +112,6 @@ def _rank(
         backend = devices.kind_of(devices.find()).group
         dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=ranks)
     torch._dynamo.config.recompile_limit = 64  # one function serves many shapes
-    # Products of every length of a tile are compiled once; 1,024 kept ones are too few.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     try:
         if rank == 0:
             begin(recipe, folder)
