@@ -31,6 +31,9 @@ def train(
         Path | None, typer.Option(help="A model folder to go on from, in the official layout.")
     ] = None,
     ranks: Annotated[int, typer.Option(help="Processes on this machine.", min=1)] = 1,
+    spread: Annotated[
+        bool, typer.Option("--spread-experts", help="Each process keeps its share of them only.")
+    ] = False,
 ) -> None:
     """Train a model; the same line again, or `resume`, goes on where it stopped.
 
@@ -61,7 +64,7 @@ def train(
     screen.note(f"{wanted.steps:,} steps; log, checkpoints and recipe in {folder}")
     with screen.bar("training", "steps") as bar:
         told = _Told(bar, wanted.steps)
-        run(wanted, folder, ranks=ranks, within=_torchrun(), report=told)
+        run(wanted, folder, ranks=ranks, within=_torchrun(), spread=spread, report=told)
     print(folder)
 
 

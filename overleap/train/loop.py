@@ -24,6 +24,7 @@ from overleap import devices
 from overleap.chat.profiles import profile_for
 from overleap.chat.tokenizer import Tokenizer
 from overleap.checkpoint.convert import parameters
+from overleap.checkpoint.placing import is_routed
 from overleap.checkpoint.table import tensor_table
 from overleap.errors import TrainingError
 from overleap.train import kept
@@ -33,6 +34,7 @@ from overleap.train.muon import Optimizer
 from overleap.train.passes import Pass, best_dtype, peak_flops, trainable
 from overleap.train.recipe import Recipe, Stage, from_json
 from overleap.train.shards import Shard, build, train_tokenizer
+from overleap.train.spread import Spread
 from overleap.train.text import documents
 
 Record = dict[str, float]
@@ -50,22 +52,25 @@ def run(
     *,
     ranks: int = 1,
     within: tuple[int, int] | None = None,
+    spread: bool = False,
     report: Report | None = None,
 ) -> None:
     """Train (or continue) in `folder`, with `ranks` processes on this machine.
 
     within  this process's rank and how many there are, where others (torchrun) started them all
+    spread  each rank keeps its share of the routed experts only (spread.py)
     Raises TrainingError, also where the folder holds a run of another recipe.
     """
     if within is not None:
-        _rank(*within, recipe, folder, "env://", report)
+        _rank(*within, recipe, folder, "env://", spread, report)
     elif ranks == 1:
-        _rank(0, 1, recipe, folder, None, report)
+        _rank(0, 1, recipe, folder, None, False, report)
     else:
         begin(recipe, folder)
         meeting = folder / "meeting"
         meeting.unlink(missing_ok=True)
-        spawn(_rank, (ranks, recipe, folder, f"file://{meeting}", None), nprocs=ranks, join=True)
+        given = (ranks, recipe, folder, f"file://{meeting}", spread, None)
+        spawn(_rank, given, nprocs=ranks, join=True)
 
 
 def begin(recipe: Recipe, folder: Path) -> None:
@@ -105,6 +110,7 @@ def _rank(
     recipe: Recipe,
     folder: Path,
     meeting: str | None,
+    spread: bool,
     report: Report | None,
 ) -> None:
     if ranks > 1:
@@ -117,16 +123,18 @@ def _rank(
             begin(recipe, folder)
         if ranks > 1:
             dist.barrier()
-        Trainer(recipe_of(folder), folder, report).run()
+        Trainer(recipe_of(folder), folder, report, spread).run()
     finally:
         if ranks > 1:
             dist.destroy_process_group()
 
 
 class Trainer:
-    """One rank: model, optimiser, rows. All ranks hold the same weights."""
+    """One rank: model, optimiser, rows. All ranks hold the same weights, but for spread experts."""
 
-    def __init__(self, recipe: Recipe, folder: Path, report: Report | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, report: Report | None = None, spread: bool = False
+    ) -> None:
         self.recipe, self.folder, self.report = recipe, folder, report
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -138,11 +146,18 @@ class Trainer:
             )
         shard = Shard.open(folder / "tokens" / "train") if recipe.text else None
         self.rows = Rows(tokenizer, shard, recipe.seed, profile_for(recipe.config.to_dict()))
-        self.work = Pass(recipe, trainable(recipe), best_dtype())
+        self.spread = Spread.of(recipe) if spread and self.ranks > 1 else None
+        self.work = Pass(recipe, trainable(recipe), best_dtype(), self.spread)
         self.model = self.work.model
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        spread_out = self.spread is not None
+        self.alone = {n for n, _ in named if spread_out and is_routed(n)}
         self.optimizer = Optimizer(
-            named, self.work.ops, recipe.config, weight_decay=recipe.weight_decay
+            named,
+            self.work.ops,
+            recipe.config,
+            weight_decay=recipe.weight_decay,
+            alone=self.alone,
         )
         self.board = None if self.rank else kept.board(folder)
         self.step = self.skipped = self.rollbacks = 0
@@ -204,7 +219,7 @@ class Trainer:
         self, stage: Stage, number: int, within: int
     ) -> tuple[Record, list[tuple[Tensor, Tensor]]]:
         """Gradients of this rank's passes; figures and expert loads of all ranks."""
-        each = min(stage.rows, max(1, self.recipe.group_tokens // stage.length))
+        each = self.recipe.rows_of_a_pass(stage)
         groups = range(0, stage.rows, each)
         base = (within + self.skipped) * stage.rows
         figures: dict[str, list[float]] = {}
@@ -251,12 +266,14 @@ class Trainer:
 
     def _learn_only(self, stage: Stage) -> None:
         for name, p in self.model.named_parameters():
-            if p.is_floating_point() and not name.endswith("gate.bias"):
+            if p.is_floating_point() and p.numel() and not name.endswith("gate.bias"):
                 p.requires_grad_(not stage.indexer_only or ".indexer." in name)
 
     def _share_gradients(self) -> float:
         """Sum over ranks, clip, and return the norm before clipping."""
-        wanted = [p for p in self.model.parameters() if p.requires_grad]
+        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        wanted = [p for n, p in named if n not in self.alone]
+        alone = [p.grad for n, p in named if n in self.alone and p.grad is not None]
         if self.ranks > 1:
             grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in wanted]
             flat = torch.cat([g.flatten() for g in grads])
@@ -264,9 +281,12 @@ class Trainer:
             for p, part in zip(wanted, flat.split([g.numel() for g in grads]), strict=True):
                 p.grad = part.view_as(p).clone()
         grads = [p.grad for p in wanted if p.grad is not None]
-        norm = float(torch.sqrt(sum((g.square().sum() for g in grads), torch.zeros(()))))
+        square = sum((g.square().sum() for g in alone), torch.zeros((), device=self.work.device))
+        if self.alone:
+            dist.all_reduce(square)
+        norm = float(torch.sqrt(sum((g.square().sum() for g in grads), square)))
         if self.recipe.clip < norm < math.inf:
-            for g in grads:
+            for g in (*grads, *alone):
                 g.mul_(self.recipe.clip / norm)
         return norm
 
@@ -324,15 +344,34 @@ class Trainer:
         )
         if self.ranks > 1:
             dist.barrier()
+        weights = {n: p.detach() for n, p in self.model.named_parameters()}
+        if self.spread is not None:
+            weights |= self._gathered(weights)
         if self.rank == 0:
-            weights = {n: p.detach() for n, p in self.model.named_parameters()}
             kept.save_weights(self.folder, self.step, weights, self.recipe.config)
+
+    def _gathered(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The other ranks' experts, on rank 0."""
+        assert self.spread is not None
+        found: dict[str, Tensor] = {}
+        for name, spec in tensor_table(self.recipe.config).items():
+            owner = self.spread.owner(name)
+            if owner is None or name not in weights:
+                continue
+            whole = weights[name]
+            if owner != self.rank:
+                whole = torch.empty(spec.shape, device=self.work.device)
+            dist.broadcast(whole, owner)
+            if self.rank == 0:
+                found[name] = whole
+        return found
 
     def _load(self, step: int) -> None:
         weights, state, facts = kept.load(self.folder, step, self.recipe.config)
         with torch.no_grad():
             for name, p in self.model.named_parameters():
-                p.copy_(weights[name])
+                if p.numel():  # the others' experts are not here
+                    p.copy_(weights[name])
         self.optimizer.load(state)
         self.step, self.skipped = facts["step"], facts["skipped"]
         self.rollbacks, self.losses = facts["rollbacks"], facts["losses"]

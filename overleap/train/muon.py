@@ -4,7 +4,7 @@ Not a schedule: the caller passes the learning rates of every step. Read next:
 kernels/torch/orthogonalise.py, loop.py.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.distributed as dist
@@ -45,7 +45,8 @@ class Optimizer:
     """Steps all trained tensors. `named` are those that require a gradient.
 
     Of several ranks each keeps the momentum of its own matrices and computes their updates; the
-    updates are then shared. Gradients must be equal on all ranks.
+    updates are then shared. Gradients must be equal on all ranks, but for those of the matrices
+    `alone`, which no other rank has.
     """
 
     def __init__(
@@ -57,16 +58,18 @@ class Optimizer:
         momentum: float = 0.95,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
+        alone: Collection[str] = (),
     ) -> None:
-        named = list(named)
+        named, self.alone = list(named), frozenset(alone)
         self.ops, self.momentum, self.weight_decay = ops, momentum, weight_decay
         self.matrices = {name: p for name, p in named if is_matrix(name, p)}
         self.others = {name: p for name, p in named if not is_matrix(name, p)}
         self.parts = {
             name: logical_rows(name, config) if config else None for name in self.matrices
         }
-        self.owner = _owners(self.matrices)
         mine = _rank()
+        everyones = {name: p for name, p in self.matrices.items() if name not in self.alone}
+        self.owner = _owners(everyones) | dict.fromkeys(self.alone, mine)
         self.velocity = {
             n: torch.zeros_like(p) for n, p in self.matrices.items() if self.owner[n] == mine
         }
@@ -87,14 +90,15 @@ class Optimizer:
         self._adam(other_rate)
         updates = self._updates()
         moved = [name for name, p in self.matrices.items() if p.grad is not None]
-        if dist.is_initialized() and moved:
+        shared = [name for name in moved if name not in self.alone]
+        if dist.is_initialized() and shared:
             # Whoever does not own a matrix adds zeros, so that every rank sees the same bits.
-            whole = [updates.get(n, torch.zeros_like(self.matrices[n])).flatten() for n in moved]
+            whole = [updates.get(n, torch.zeros_like(self.matrices[n])).flatten() for n in shared]
             flat = torch.cat(whole)
             dist.all_reduce(flat)
-            sizes = [self.matrices[n].numel() for n in moved]
-            pieces = zip(moved, flat.split(sizes), strict=True)
-            updates = {n: piece.view_as(self.matrices[n]) for n, piece in pieces}
+            sizes = [self.matrices[n].numel() for n in shared]
+            pieces = zip(shared, flat.split(sizes), strict=True)
+            updates |= {n: piece.view_as(self.matrices[n]) for n, piece in pieces}
         for name in moved:
             p = self.matrices[name]
             p.mul_(1 - matrix_rate * self.weight_decay).sub_(updates[name], alpha=matrix_rate)

@@ -18,6 +18,7 @@ from overleap.kernels.composed import Composed
 from overleap.kernels.spec import Experts, Pool, RowFormat, Spans, Weight
 from overleap.kernels.torch import linear, orthogonalise, quant, sample
 from overleap.train.attend import Tiles, attend, choose, wide_type
+from overleap.train.spread import Spread
 
 ROPE_FREE_GROUP = 64
 INPUT_GROUP = 128
@@ -44,6 +45,7 @@ class TrainingOps(Composed):
     packed      ids of the weights whose inputs the released form rounds to FP8
     key_width   values of an indexer key; any other row is a window row or a main entry
     rope        rotary dims at the end of such a row
+    spread      where the routed experts are, None: all of them here
     dtype       of products; sums and element-wise parts are float32 (float64 for float64)
     """
 
@@ -57,6 +59,7 @@ class TrainingOps(Composed):
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.seen, self.packed = Seen(), frozenset[int]()
+        self.spread: Spread | None = None
         self.rounding, self._key_width, self._rope = rounding, key_width, rope
         self.dtype, self.wide = dtype, wide_type(dtype)
         self._written: dict[int, Tensor] = {}
@@ -214,7 +217,21 @@ class TrainingOps(Composed):
         limit: float,
         round_input: bool,
     ) -> Tensor:
-        """See spec.Ops.experts; rows sorted by expert, one product an expert.
+        """See spec.Ops.experts."""
+        if self.spread is None or len(experts.w1) == 1:  # the shared expert is on every rank
+            return self._experts(x_TD, ids_TX, weight_TX, experts, limit)
+
+        def local(x_ND: Tensor, ids_N1: Tensor, weight_N1: Tensor) -> Tensor:
+            return self._experts(x_ND, ids_N1, weight_N1, own, limit)
+
+        mine = self.spread.mine
+        own = Experts(experts.w1[mine], experts.w2[mine], experts.w3[mine])
+        return self.spread.through(x_TD.to(self.dtype), ids_TX, weight_TX, local)
+
+    def _experts(
+        self, x_TD: Tensor, ids_TX: Tensor, weight_TX: Tensor, experts: Experts, limit: float
+    ) -> Tensor:
+        """Rows sorted by expert, one product an expert.
 
         Each expert's rows are filled up to whole EXPERT_ROWS with rows of weight 0: the library
         that multiplies compiles each new shape, which takes longer than the product.

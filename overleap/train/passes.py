@@ -36,6 +36,7 @@ from overleap.train.losses import Asked
 from overleap.train.ops import Seen, TrainingOps
 from overleap.train.recipe import Recipe, Stage
 from overleap.train.shards import PAD_ID
+from overleap.train.spread import Spread
 
 FAR_BITS = 20  # questions are moved up to a million tokens further from their facts
 
@@ -116,7 +117,13 @@ def packed(rows: list[Row], device: torch.device | None = None) -> Packed:
 class Pass:
     """A model with the ops that it is trained by."""
 
-    def __init__(self, recipe: Recipe, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        weights: dict[str, Tensor],
+        dtype: torch.dtype,
+        spread: Spread | None = None,
+    ) -> None:
         self.recipe, config = recipe, recipe.config
         self.ops = TrainingOps(
             key_width=config.index_head_dim,
@@ -128,8 +135,12 @@ class Pass:
         self.model = Transformer(config, self.ops)
         self.model.assign(weights)
         self.model.to(self.device)
+        self.ops.spread = spread
         for name, p in self.model.named_parameters():
-            p.requires_grad_(p.is_floating_point() and not name.endswith("gate.bias"))
+            if spread is not None and spread.is_elsewhere(name):
+                p.data = p.new_empty(0)
+            wanted = p.is_floating_point() and p.numel() and not name.endswith("gate.bias")
+            p.requires_grad_(bool(wanted))
         self._roles = {
             name: spec.role
             for name, spec in tensor_table(config).items()
@@ -260,7 +271,7 @@ class Pass:
         kept: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
             for name, p in self.model.named_parameters():
-                if name in self._roles:
+                if name in self._roles and p.numel():  # the others' experts are not here
                     kept.append((p, p.detach().clone()))
                     pack = fp4_weight if self._roles[name] is Role.EXPERT else fp8_weight
                     p.copy_(dequantize(pack(p.detach())))

@@ -94,6 +94,10 @@ class Recipe:
         """Steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
+    def rows_of_a_pass(self, stage: Stage) -> int:
+        """Rows that go through the model at once."""
+        return min(stage.rows, max(1, self.group_tokens // stage.length))
+
     def place(self, step: int) -> tuple[int, int]:
         """Number of the stage that a step belongs to, and the step's number in it."""
         for number, stage in enumerate(self.stages):

@@ -122,12 +122,14 @@ def test_kill_9_and_resume_is_an_unbroken_run(seed: int, tmp_path: Path, begun: 
         assert torch.equal(tensor, weights_of(parts, 9)[name]), name
 
 
-def test_two_ranks_are_one(seed: int, tmp_path: Path, begun: Path) -> None:
-    """Losses within float tolerance; each rank keeps the momentum of its own matrices."""
+@pytest.mark.parametrize("spread", [False, True])
+def test_two_ranks_are_one(spread: bool, seed: int, tmp_path: Path, begun: Path) -> None:
+    """Losses within float tolerance; each rank keeps the momentum of its own matrices, and, where
+    experts are spread, these are its experts."""
     recipe = small_recipe(seed, 5)
     one, two = tmp_path / "one", tmp_path / "two"
     for folder, ranks in ((one, 1), (two, 2)):
-        run(folder_for(begun, recipe, folder), folder, ranks=ranks)
+        run(folder_for(begun, recipe, folder), folder, ranks=ranks, spread=spread)
     for left, right in zip(log_of(one), log_of(two), strict=True):
         assert left["loss"] == pytest.approx(right["loss"], rel=2e-2)
         assert left["language"] == pytest.approx(right["language"], rel=1e-2)
@@ -137,6 +139,21 @@ def test_two_ranks_are_one(seed: int, tmp_path: Path, begun: Path) -> None:
     assert owned[0] and owned[1] and not owned[0] & owned[1]
     whole = load_file(f"{kept.place(one, 5)}.state-0")
     assert owned[0] | owned[1] == {n for n in whole if n.startswith("velocity/")}
+    if spread:
+        numbers = [
+            {int(n.split(".experts.")[1].split(".")[0]) for n in own if ".experts." in n}
+            for own in owned
+        ]
+        assert numbers == [{0, 1}, {2, 3}]
+        assert weights_of(two, 5).keys() == weights_of(one, 5).keys()
+        trainer = Trainer(recipe, two)  # goes on with all experts on one rank
+        assert trainer.step == 5
+
+
+def test_experts_that_cannot_be_spread(seed: int, tmp_path: Path, begun: Path) -> None:
+    recipe = folder_for(begun, small_recipe(seed, 3, group_tokens=1024), tmp_path / "run")
+    with pytest.raises(Exception, match="stage 0 has 1 passes a step, 2 ranks with spread experts"):
+        run(recipe, tmp_path / "run", ranks=2, spread=True)
 
 
 def test_a_spike_goes_back_and_leaves_its_rows_out(seed: int, tmp_path: Path, begun: Path) -> None:
