@@ -158,6 +158,7 @@ class Trainer:
             recipe.config,
             weight_decay=recipe.weight_decay,
             alone=self.alone,
+            muon=recipe.muon,
         )
         self.board = None if self.rank else kept.board(folder)
         self.step = self.skipped = self.rollbacks = 0

@@ -46,7 +46,7 @@ class Optimizer:
 
     Of several ranks each keeps the momentum of its own matrices and computes their updates; the
     updates are then shared. Gradients must be equal on all ranks, but for those of the matrices
-    `alone`, which no other rank has.
+    `alone`, which no other rank has. Without `muon` AdamW steps all of them.
     """
 
     def __init__(
@@ -59,11 +59,12 @@ class Optimizer:
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
         alone: Collection[str] = (),
+        muon: bool = True,
     ) -> None:
         named, self.alone = list(named), frozenset(alone)
         self.ops, self.momentum, self.weight_decay = ops, momentum, weight_decay
-        self.matrices = {name: p for name, p in named if is_matrix(name, p)}
-        self.others = {name: p for name, p in named if not is_matrix(name, p)}
+        self.matrices = {name: p for name, p in named if muon and is_matrix(name, p)}
+        self.others = {name: p for name, p in named if name not in self.matrices}
         self.parts = {
             name: logical_rows(name, config) if config else None for name in self.matrices
         }

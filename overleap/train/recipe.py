@@ -55,6 +55,7 @@ class Recipe:
     text            files and folders that become the run's tokens; vocabulary: of the tokenizer
                     that is trained on them. With `base` (a folder in the official layout) weights
                     and tokenizer are that model's
+    muon            for the matrices; else AdamW for all, at other_rate
     group_tokens    tokens of one forward pass; a step is as many passes as it takes
     kept_tokens     passes longer than this keep a layer's input only and compute it again
     language_rows   share of the positions whose logits are made
@@ -69,6 +70,7 @@ class Recipe:
     text: tuple[str, ...] = ()
     vocabulary: int = 8192
     base: str = ""
+    muon: bool = True
     matrix_rate: float = 0.02
     other_rate: float = 3e-3
     weight_decay: float = 0.1

@@ -105,11 +105,12 @@ def test_who_is_a_matrix(seed: int) -> None:
     }  # fmt: skip
 
 
-def test_adamw_takes_what_is_not_a_matrix(seed: int) -> None:
+@pytest.mark.parametrize(("name", "muon"), [("embed.weight", True), ("layers.0.w", False)])
+def test_adamw_takes_what_muon_does_not(name: str, muon: bool, seed: int) -> None:
     torch.manual_seed(seed)
     ours = torch.nn.Parameter(torch.randn(40, 8))
     theirs = torch.nn.Parameter(ours.detach().clone())
-    optimizer = Optimizer([("embed.weight", ours)], OPS)
+    optimizer = Optimizer([(name, ours)], OPS, muon=muon)
     reference = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), eps=1e-20, weight_decay=0.1)
     for _ in range(5):
         ours.grad = torch.randn_like(ours)
