@@ -69,6 +69,10 @@ def bench(
     ] = None,
     versus: Peers = None,
     rounds: Annotated[int, typer.Option(help="Readings at each depth, of --versus.", min=1)] = 3,
+    patience: Annotated[
+        float | None,
+        typer.Option(help="Stop a reading of --versus that takes so many times as long as ours."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's choice else.")] = None,
     seed: Annotated[int, typer.Option(help="Of the text, and of random weights.")] = 0,
     results: Results = Path("results"),
@@ -106,7 +110,7 @@ def bench(
         return
     settings |= {"cache": cache, "chunk_tokens": chunk, "decode_steps": decode}
     if versus:
-        _compare(model, depth, versus, rounds, backends, settings, output)
+        _compare(model, depth, versus, rounds, backends, patience, settings, output)
         return
     _speed(model, depth, to, backends, settings, output)
 
@@ -117,13 +121,14 @@ def _compare(
     versus: list[str],
     rounds: int,
     backends: list[str],
+    patience: float | None,
     settings: dict[str, Any],
     output: _Output,
 ) -> None:
     """Ours and other programs on one checkpoint."""
     from overleap.cli.versus import compare
 
-    _report("versus", *compare(model, depth, versus, rounds, backends, settings), output)
+    _report("versus", *compare(model, depth, versus, rounds, backends, patience, settings), output)
 
 
 def _settings(backends: list[str], device: str, threads: int | None, seed: int) -> dict[str, Any]:

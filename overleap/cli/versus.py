@@ -15,6 +15,7 @@ def compare(
     peers: list[str],
     rounds: int,
     backends: list[str],
+    patience: float | None,
     settings: dict[str, Any],
 ) -> tuple[screen.Shown, list[dict[str, Any]], dict[str, Any], str | None]:
     """Measure; returns the table, and a record's numbers, settings and word on the weights."""
@@ -36,6 +37,7 @@ def compare(
             chunk_tokens=settings["chunk_tokens"],
             seed=settings["seed"],
             limits=limits,
+            patience=patience,
             told=screen.note,
         )
     settings = settings | {"model": name, "rounds": rounds}
@@ -62,7 +64,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
     start = (row["program"], depth_label(row["depth_tokens"]))
     if "error" in row:
-        return (*start, row["error"], *[""] * 5)
+        least = row.get("prefill_factor_at_least")
+        return (*start, row["error"], f"> {least:.1f}" if least else "", *[""] * 4)
     prefill, decode = row.get("prefill_factor"), row.get("decode_factor")
     together = row.get("together_tokens_per_s")
     return (

@@ -55,10 +55,11 @@ def test_rows_are_medians_and_factors(seed: int) -> None:
         ("ours", 10): Cell([1.0, 3.0, 2.0], [0.1, 0.4, 0.2], 5, 7, [0.4, 0.4]),
         ("other", 10): Cell([8.0], [0.8], 5, 9),
         ("broken", 10): Cell(error="out of memory"),
+        ("stopped", 10): Cell(error="stopped after 9 s", stopped_s=9.0),
     }
     flops, read = prefill_flops(config, 10), decode_bytes(config, 10, CacheFormat.RELEASE)
     limits = Ceilings("cpu", 1, Rate(read * 10.0, ""), Rate(1.0, ""), Rate(flops * 2.0, ""), None)
-    ours, other, broken = Comparison(config, cells, {}, {}, {}, limits).rows()
+    ours, other, broken, stopped = Comparison(config, cells, {}, {}, {}, limits).rows()
     # A step of 0.2 s where reading takes 0.1 s; a text in 2 s where products take half a second.
     assert ours["decode_floor_share"] == pytest.approx(0.5)
     assert ours["prefill_bf16_share"] == pytest.approx(0.25)
@@ -69,6 +70,18 @@ def test_rows_are_medians_and_factors(seed: int) -> None:
     assert ours["together_factor"] == pytest.approx(4)
     assert other["prefill_factor"] == 4 and other["decode_factor"] == pytest.approx(4)
     assert broken == {"program": "broken", "depth_tokens": 10, "error": "out of memory"}
+    assert stopped["prefill_factor_at_least"] == 4.5 and "error" in stopped
+
+
+def test_a_reading_that_takes_too_long_is_stopped(folder: Path) -> None:
+    """The same program again, with a thousandth of the time."""
+    contenders = [Contender("ours", "overleap"), Contender("again", "overleap")]
+    ran = versus(folder, contenders, [5], threads=1, rounds=1, decode_tokens=200, patience=1e-3)
+    assert ran.cells["ours", 5].error is None
+    stopped = ran.cells["again", 5]
+    assert stopped.stopped_s is not None and stopped.error is not None
+    assert stopped.stopped_s == pytest.approx(1e-3 * ran.cells["ours", 5].prefill_s[0])
+    assert stopped.error.startswith("stopped after")
 
 
 def test_a_long_reading_is_made_once(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -82,7 +95,7 @@ def test_a_long_reading_is_made_once(monkeypatch: pytest.MonkeyPatch, folder: Pa
 
         def close(self) -> None: ...
 
-        def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        def ask(self, request: dict[str, Any], limit_s: float | None = None) -> dict[str, Any]:
             if request["what"] != "measure":
                 return {"steps_s": [0.1]}
             depth = len(request["ids"])

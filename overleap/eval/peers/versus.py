@@ -8,6 +8,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
@@ -74,6 +76,7 @@ class Cell:
     peak_bytes: int | None = None
     together_s: list[float] = field(default_factory=list)  # steps of TOGETHER sequences
     error: str | None = None
+    stopped_s: float | None = None  # a reading that was stopped took longer than this
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,11 @@ class Comparison:
         for (name, depth), cell in self.cells.items():
             row: dict[str, Scalar] = {"program": name, "depth_tokens": depth}
             if cell.error is not None:
-                rows.append(row | {"error": cell.error})
+                row["error"] = cell.error
+                if cell.stopped_s is not None:
+                    base_s = statistics.median(self.cells[first, depth].prefill_s)
+                    row["prefill_factor_at_least"] = cell.stopped_s / base_s
+                rows.append(row)
                 continue
             prefill, step = statistics.median(cell.prefill_s), statistics.median(cell.steps_s)
             row |= {
@@ -158,13 +165,21 @@ class _Process:
         """Load the weights. OverleapError as of ask()."""
         self.facts = self.ask(asdict(self._task))
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer. OverleapError with the program's own words, or the end of its log."""
+    def ask(self, request: dict[str, Any], limit_s: float | None = None) -> dict[str, Any]:
+        """The answer. OverleapError with the program's own words, or the end of its log.
+
+        limit_s  after which the process is ended
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
+        end = None if limit_s is None else threading.Timer(limit_s, self._process.kill)
         with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
+        if end is not None:
+            end.start()
         line = self._process.stdout.readline()
+        if end is not None:
+            end.cancel()
         if not line:
             self._log.seek(0)
             last = ([text.strip() for text in self._log if text.strip()] or ["no word"])[-1]
@@ -198,6 +213,7 @@ def versus(
     chunk_tokens: int = 512,
     seed: int = 0,
     limits: Ceilings | None = None,
+    patience: float | None = None,
     told: Told | None = None,
 ) -> Comparison:
     """Let every program read the same random text to each depth and write on from there.
@@ -206,6 +222,7 @@ def versus(
     rounds         how often each reading is made, unless it is a long one (REPEAT_UNDER_S)
     decode_tokens  greedy steps after each reading; rates are of the median step
     limits         of this machine, for shares of them
+    patience       a reading that takes so many times as long as the first program's is stopped
     told           called with a line for people before each reading
     A program that fails at a depth has the reason in its cell and is not asked for deeper ones.
     Raises OverleapError where a program cannot be started at all.
@@ -228,7 +245,11 @@ def versus(
                     continue
                 if told:
                     told(f"round {turn + 1}: {name} reads {depth} tokens")
-                _fill(cell, processes[name], ids[:depth], decode_tokens)
+                first = cells[contenders[0].name, depth]
+                limit_s = None
+                if patience is not None and cell is not first and first.prefill_s:
+                    limit_s = patience * first.prefill_s[0]
+                _fill(cell, processes[name], ids[:depth], decode_tokens, limit_s)
         for one in contenders:
             cell = cells[one.name, min(depths)]
             if one.program == "overleap" and cell.error is None:
@@ -245,13 +266,16 @@ def versus(
     )
 
 
-def _fill(cell: Cell, process: _Process, ids: list[int], steps: int) -> None:
+def _fill(cell: Cell, process: _Process, ids: list[int], steps: int, limit_s: float | None) -> None:
     if cell.error is not None:
         return
+    began = time.monotonic()
     try:
-        answer = process.ask({"what": "measure", "ids": ids, "steps": steps})
+        answer = process.ask({"what": "measure", "ids": ids, "steps": steps}, limit_s)
     except OverleapError as error:
         cell.error = error.message
+        if limit_s is not None and time.monotonic() - began >= limit_s:
+            cell.stopped_s, cell.error = limit_s, f"stopped after {limit_s:.0f} s"
         return
     cell.prefill_s.append(answer["prefill_s"])
     cell.steps_s += answer["steps_s"]
