@@ -59,6 +59,12 @@ def ops() -> str:
     tree = ast.parse(inspect.getsource(spec))
     protocol = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Ops")
     out = [NOTE, "# Ops\n", inspect.cleandoc(spec.Ops.__doc__ or "") + "\n"]
+    (letters,) = (p for p in (spec.__doc__ or "").split("\n\n") if p.startswith("Letters"))
+    out.append(f"## What arguments are\n\n{letters.strip()}\n")
+    for part in tree.body:
+        text = ast.get_docstring(part) if isinstance(part, ast.ClassDef) else None
+        if isinstance(part, ast.ClassDef) and part is not protocol and text:
+            out.append(f"```\n{part.name}\n\n{text}\n```\n")
     for method in protocol.body:
         if isinstance(method, ast.FunctionDef):
             text = ast.get_docstring(method) or ""

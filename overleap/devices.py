@@ -51,9 +51,9 @@ KINDS = (
          hint="install a ROCm build of torch"),
     Kind("xpu", "xpu", "an Intel GPU", "xccl", "triton", hint="install an XPU build of torch"),
     Kind("npu", "npu", "an Ascend NPU", "hccl", None, "torch_npu", "/dev/davinci0",
-         "install torch_npu; no own kernels serve it yet"),
+         "install torch_npu"),
     Kind("mlu", "mlu", "a Cambricon MLU", "cncl", None, "torch_mlu", "/dev/cambricon_dev0",
-         "install torch_mlu; no own kernels serve it yet"),
+         "install torch_mlu"),
     Kind("mps", "mps", "an Apple GPU", "gloo", hint="install torch for macOS on Apple silicon"),
     Kind("cpu", "cpu", "the CPU", "gloo", "cpu"),
 )  # fmt: skip

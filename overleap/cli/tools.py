@@ -101,7 +101,7 @@ def conform(
     import torch
 
     from overleap import devices
-    from overleap.kernels import select
+    from overleap.kernels import select, table
     from overleap.kernels.conformance import conform as run
     from overleap.kernels.conformance.ceilings import ceilings
 
@@ -114,6 +114,8 @@ def conform(
         ops = select(backend, where.type)
         verdicts = run(ops, where, seed=seed, only=op, timed=timed, progress=bar)
     failed = [v for v in verdicts if not v.passed]
+    tried = {v.op for v in verdicts}
+    server = {row.op: row.backend for row in table(backend, where.type) if row.op in tried}
     if record is not None:
         _keep(record, verdicts, best, backend, where, seed)
     if as_json:
@@ -124,6 +126,7 @@ def conform(
                 "seed": seed,
                 "threads": torch.get_num_threads(),
                 "ceilings": None if best is None else asdict(best),
+                "served_by": server,
                 "verdicts": [_facts(v, best) for v in verdicts],
             }
         )
@@ -133,6 +136,9 @@ def conform(
         if best is not None:
             print(_of_the_machine(best))
         print(f"{len(verdicts) - len(failed)} of {len(verdicts)} cases passed")
+        others = [f"{op} ({who})" for op, who in server.items() if who != backend]
+        if others and backend != "auto":
+            print(f"not served by {backend}: {', '.join(others)}")
     if failed:
         raise typer.Exit(1)
 

@@ -206,12 +206,14 @@ class Ops(Protocol):
     """Every op: first the fine ones, which a backend has or the definition serves, then the coarse
     ones (from `project` on), which composed.py makes of the fine ones where a backend has none.
 
-    Float inputs may be f32 or bf16; results have the dtype of the first tensor
-    argument unless the docstring says f32. Accumulation is f32. Nothing is written but what an
-    op named *_write says.
+    Activations may be f32 or bf16, all of a call alike; weights of norms, sinks, and what a
+    docstring calls f32 are f32 either way. Results have the dtype of the first tensor argument
+    unless the docstring says f32. Accumulation is f32. Nothing is written but what an op named
+    *_write says.
 
     Packed bytes may hold any code; a NaN code or scale gives NaN, weights below 2^-126 may count as
-    zero. Errors allowed and ties: conformance/compare.py. Bytes and operations: cost.py.
+    zero. Errors are relative to the terms' sizes, what a sum would be if nothing cancelled; they
+    and ties: conformance/compare.py. Bytes and operations: cost.py.
     """
 
     def matmul(self, x: Tensor, weight: Weight, round_input: bool, wide: bool = False) -> Tensor:
@@ -383,7 +385,10 @@ class Ops(Protocol):
         ...
 
     def hc_post(self, y_TD: Tensor, x_TMD: Tensor, post_TM: Tensor, comb_TMM: Tensor) -> Tensor:
-        """Stream k becomes post[k] y + sum over j of comb[j, k] x[j] (eq. 1) -> [T, M, D]."""
+        """Stream k becomes post[k] y + sum over j of comb[j, k] x[j] (eq. 1) -> [T, M, D].
+
+        post f32 [T, M] and comb f32 [T, M, M] as hc_pre returns them
+        """
         ...
 
     def sample(

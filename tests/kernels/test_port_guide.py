@@ -66,7 +66,13 @@ def test_the_first_op_is_served_and_proven(folder: Path) -> None:
     done = run(folder, proven)
     assert done.returncode == 0, done.stdout + done.stderr
     (claimed,) = set(re.findall(r"`(\d+ of \d+ cases passed)`", GUIDE))
-    assert claimed in done.stdout
+    assert claimed in done.stdout and "not served" not in done.stdout
+
+
+def test_a_green_op_of_another_backend_is_called_that(folder: Path) -> None:
+    done = run(folder, "overleap conform --backend mychip --op hc_post --op hadamard")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith("not served by mychip: hc_post (torch)")
 
 
 def test_a_wrong_op_is_red(folder: Path) -> None:
