@@ -92,16 +92,12 @@ def bench(
         return
     if depth and to is not None:
         raise RequestError("--depth and --to both say how deep", "give one of them")
-    if plot and (geometry is not None or versus or not save):
-        raise RequestError(
-            "--plot draws the saved record of a run by depth",
-            "leave out --no-save and --geometry",
-        )
+    if versus and device != "cpu":
+        raise RequestError(f"--versus compares on the CPU, --device is {device}")
+    _refuse_plot(plot, save, geometry is not None or bool(versus))
     backends = backend or ["auto"]
     settings = _settings(backends, device, threads, seed)
     output = _Output(results, save, plot, as_json)
-    if versus and device != "cpu":
-        raise RequestError(f"--versus compares on the CPU, --device is {device}")
     if versus and "v3.2" in versus:
         _generations(versus, geometry, context, backends, settings, output)
         return
@@ -113,6 +109,15 @@ def bench(
         _compare(model, depth, versus, rounds, backends, patience, settings, output)
         return
     _speed(model, depth, to, backends, settings, output)
+
+
+def _refuse_plot(plot: bool, save: bool, other: bool) -> None:
+    """Raise where --plot has nothing to draw from; `other`: not a run by depth."""
+    if plot and (other or not save):
+        raise RequestError(
+            "--plot draws the saved record of a run by depth",
+            "leave out --no-save and --geometry",
+        )
 
 
 def _compare(

@@ -156,7 +156,7 @@ def test_the_geometry_of_several_backends(tmp_path: Path, twin: str) -> None:
 def test_what_cannot_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="no preset is called 'v9'"):
         bench("--geometry", "v9")
-    monkeypatch.setattr("overleap.eval.geometry.free_bytes", lambda: 10**9)
+    monkeypatch.setattr("overleap.eval.geometry.free_bytes", lambda device: 10**9)
     with pytest.raises(CapacityError, match=r"takes 3\.4 GiB, 953\.7 MiB is free"):
         bench("--geometry", "v4-flash")
 

@@ -170,7 +170,7 @@ def test_what_does_not_fit_is_refused_before_the_first_token(
     monkeypatch.setattr(module.machine, "resident_bytes", lambda: 10**9)
 
     def read(free: int, *depths: int) -> None:
-        monkeypatch.setattr(module.machine, "free_bytes", lambda: free)
+        monkeypatch.setattr(module.devices, "free_bytes", lambda device: free)
         speed(model, depths)
 
     read(exactly, 4000)

@@ -252,7 +252,9 @@ def versus(
                 _fill(cell, processes[name], ids[:depth], decode_tokens, limit_s)
         for one in contenders:
             cell = cells[one.name, min(depths)]
-            if one.program == "overleap" and cell.error is None:
+            # All of those texts are read first.
+            quick = bool(cell.prefill_s) and cell.prefill_s[0] <= REPEAT_UNDER_S
+            if one.program == "overleap" and quick:
                 request = {"what": "together", "ids": ids[: min(depths)], "steps": decode_tokens}
                 answer = processes[one.name].ask(request | {"sequences": TOGETHER})
                 cell.together_s += answer["steps_s"]
