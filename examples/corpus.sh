@@ -2,7 +2,7 @@
 # The text that the bundled model learns: documentation, handbooks and dictionaries under free
 # licences, from Debian's packages (bookworm), unpacked without being installed.
 #
-#     examples/corpus.sh ./corpus            # 100 MB to fetch, some minutes
+#     examples/corpus.sh ./corpus            # 143 MB to fetch
 #     overleap train mini ./run --text ./corpus --text "$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')"
 #
 # The licence of each package is in its usr/share/doc/*/copyright.

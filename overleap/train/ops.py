@@ -218,7 +218,7 @@ class TrainingOps(Composed):
         round_input: bool,
     ) -> Tensor:
         """See spec.Ops.experts."""
-        if self.spread is None or len(experts.w1) == 1:  # the shared expert is on every rank
+        if self.spread is None or len(experts.w1) < self.spread.experts:  # shared: on every rank
             return self._experts(x_TD, ids_TX, weight_TX, experts, limit)
 
         def local(x_ND: Tensor, ids_N1: Tensor, weight_N1: Tensor) -> Tensor:
