@@ -13,7 +13,7 @@ import typer
 
 from overleap.cli import screen
 from overleap.cli.app import Json
-from overleap.cli.plan import config_of, plans
+from overleap.cli.plan import plans
 from overleap.errors import RequestError
 from overleap.plan.calibrate import Checked, Where, runs_of
 from overleap.plan.calibrate import check as against_others
@@ -38,7 +38,7 @@ def check(
 
     Example: `overleap plan check --results results`
     """
-    found = against_others(runs_of(results, config_of("mini")))
+    found = against_others(runs_of(results))
     here = Where.here()
     if not every:
         found = [one for one in found if (one.run.where.cpu, one.run.where.cores) ==

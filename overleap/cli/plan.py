@@ -172,7 +172,7 @@ def _forecast(found: plan.Plan, results: Path) -> calibrate.Forecast | None:
     """What records of this machine say of a load that fits into it."""
     if not found.fits:
         return None
-    load, runs = found.load, calibrate.runs_of(results, config_of("mini"))
+    load, runs = found.load, calibrate.runs_of(results)
     chunk = found.memory.chunk
     return calibrate.forecast(load.config, load.context, chunk, runs, calibrate.Where.here())
 

@@ -155,10 +155,9 @@ def used_bytes(config: ModelConfig) -> int:
     )
 
 
-def runs_of(folder: str | Path, bundled: ModelConfig) -> list[Run]:
+def runs_of(folder: str | Path) -> list[Run]:
     """Every run by depth in <folder>/speed.jsonl whose model's config is known, oldest first.
 
-    bundled  the config of `mini`, which older records do not carry
     Raises OverleapError naming a line that is no record.
     """
     path = Path(folder) / "speed.jsonl"
@@ -170,18 +169,17 @@ def runs_of(folder: str | Path, bundled: ModelConfig) -> list[Run]:
             raw = json.loads(line)
             if raw["format"] != FORMAT:
                 raise ValueError(f"format is {raw['format']!r}")
-            found += _runs(raw, bundled)
+            found += _runs(raw)
         except (ValueError, KeyError, TypeError) as error:
             raise OverleapError(f"{path}:{number} is no record: {error!r}") from None
     return found
 
 
-def _runs(raw: dict[str, Any], bundled: ModelConfig) -> Iterator[Run]:
+def _runs(raw: dict[str, Any]) -> Iterator[Run]:
     settings = raw["settings"]
-    model, text = settings["model"], settings.get("config")
-    if text is None and model != "mini":
+    if "config" not in settings:
         return
-    config = bundled if text is None else ModelConfig.from_dict(json.loads(text), "record")
+    config = ModelConfig.from_dict(json.loads(settings["config"]), "record")
     before: dict[str, int] = {}
     for row in raw["numbers"]:
         backend, depth = row.get("backend") or settings["backend"], row["depth_tokens"]
@@ -192,7 +190,7 @@ def _runs(raw: dict[str, Any], bundled: ModelConfig) -> Iterator[Run]:
         if rate is None:  # an older record
             continue
         yield Run(
-            raw["date"], where, model, config, CacheFormat(settings["cache"]),
+            raw["date"], where, settings["model"], config, CacheFormat(settings["cache"]),
             settings["chunk_tokens"], settings["decode_steps"], depth, depth - last,
             (depth - last) / rate, 1 / row["decode_tokens_per_s"], row["cache_bytes"],
             row.get("allocated_bytes"), row.get("base_bytes"), row.get("peak_process_bytes"),

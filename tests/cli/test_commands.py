@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 from overleap.checkpoint import locate
 from overleap.cli import app
 from overleap.cli.demo import demo
+from overleap.config import ModelConfig
 from overleap.errors import OverleapError
 
 
@@ -30,6 +31,7 @@ def json_of(*arguments: object) -> Any:
     return json.loads(result.stdout)
 
 
+VOCABULARY = ModelConfig.from_checkpoint(locate("mini")).vocab_size
 FACTS = "The color of Alice is green.\nThe city is quiet.\nThe metal of Oscar is copper.\n"
 
 
@@ -82,7 +84,7 @@ def test_logits_of_every_position_whatever_the_chunk(tmp_path: Path, seed: int) 
             "logits", "mini", tmp_path / "ids.json", out, "--cache", "wide", "--chunk", chunk
         ).exit_code == 0  # fmt: skip
         found.append(load_file(out)["logits"])
-    assert found[0].shape == (300, 4096)
+    assert found[0].shape == (300, VOCABULARY)
     assert found[0].dtype == torch.float32
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-3)
 
@@ -90,7 +92,8 @@ def test_logits_of_every_position_whatever_the_chunk(tmp_path: Path, seed: int) 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [("[1, 2", "is not JSON"), ("{}", "not a JSON array"), ("[1, -2]", "token 1 is -2"),
-     ("[]", "at least one id"), ("[4096]", "ids are 0 to 4095"), ("[true]", "token 0 is True")],
+     ("[]", "at least one id"), ("[true]", "token 0 is True"),
+     (f"[{VOCABULARY}]", f"ids are 0 to {VOCABULARY - 1}")],
 )  # fmt: skip
 def test_logits_refuses_other_ids(tmp_path: Path, content: str, sentence: str) -> None:
     (tmp_path / "ids.json").write_text(content, "utf-8")

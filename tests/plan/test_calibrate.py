@@ -125,7 +125,7 @@ def test_a_token_passes_through_the_active_weights() -> None:
 
 def test_the_projects_own_records_are_predicted() -> None:
     """Cache to the byte; peak memory within 5 %; decode: the middle of the errors within 25 %."""
-    found = check(runs_of(RESULTS, MINI))
+    found = check(runs_of(RESULTS))
     assert len(found) >= 14
     assert all(one.cache_error == 0 for one in found)
     peaks = [abs(one.peak_error) for one in found if one.peak_error is not None]
@@ -149,11 +149,11 @@ def record(**changes: Any) -> dict[str, Any]:
 
 def test_records_are_read_with_the_config_in_them(tmp_path: Path) -> None:
     path = tmp_path / "speed.jsonl"
-    assert runs_of(tmp_path, MINI) == []
+    assert runs_of(tmp_path) == []
     unknown = record()
     del unknown["settings"]["config"]
     path.write_text(json.dumps(record()) + "\n" + json.dumps(unknown) + "\n")
-    first, second = runs_of(tmp_path, MINI)  # whose config nobody knows is left out
+    first, second = runs_of(tmp_path)  # whose config nobody knows is left out
     assert first.config == FLASH and (first.read_tokens, second.read_tokens) == (100, 200)
     assert (first.read_s, second.read_s, first.step_s) == (2.0, 4.0, 0.1)
     assert first.where == Where("c", 2, 2, "auto")
@@ -165,4 +165,4 @@ def test_records_are_read_with_the_config_in_them(tmp_path: Path) -> None:
 def test_what_is_no_record_is_refused_by_line(line: str, tmp_path: Path) -> None:
     (tmp_path / "speed.jsonl").write_text(json.dumps(record()) + "\n" + line + "\n")
     with pytest.raises(OverleapError, match=r"speed\.jsonl:2 is no record"):
-        runs_of(tmp_path, MINI)
+        runs_of(tmp_path)
