@@ -38,12 +38,14 @@ class Wanted:
     source     a JSON schema, a pattern, or the tools of Chat Completions as JSON
     reasoning  free reasoning comes first
     tools      the answer may be tool calls instead (kind json or regex); JSON, "" for none
+    several    of tool calls; else one
     """
 
     kind: Literal["json", "regex", "tools"]
     source: str
     reasoning: bool = False
     tools: str = ""
+    several: bool = True
 
 
 class Grammars:
@@ -87,16 +89,18 @@ class Grammars:
             case "regex":
                 rules.append(f"answer: {_literal(wanted.source)}")
             case "tools":
-                rules += self._tool_rules(json.loads(wanted.source), "answer")
+                rules += self._tool_rules(json.loads(wanted.source), "answer", wanted.several)
         body = "answer"
         if wanted.tools:
-            rules += self._tool_rules(json.loads(wanted.tools), "calls")
+            rules += self._tool_rules(json.loads(wanted.tools), "calls", wanted.several)
             body = f'(answer | "\\n\\n<" {self._special(DSML)} "tool_calls>\\n" calls)'
         if wanted.reasoning:
             body = f"{_TEXT} {self._special(END_THINK)} {body}"
         return "\n".join([f"start: {body}", *rules])
 
-    def _tool_rules(self, tools: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    def _tool_rules(
+        self, tools: Sequence[Mapping[str, Any]], name: str, several: bool
+    ) -> list[str]:
         """Calls of these tools, from the first `invoke` to the end of the block."""
         dsml = self._special(DSML)
         rules, calls = [], []
@@ -109,7 +113,7 @@ class Grammars:
             rules.append(f'{call}: "<" {dsml} {opening} {parameters} "</" {dsml} "invoke>\\n"')
             rules += more
         one = " | ".join(calls)
-        return [f'{name}: ({one})+ "</" {dsml} "tool_calls>"', *rules]
+        return [f'{name}: ({one}){"+" if several else ""} "</" {dsml} "tool_calls>"', *rules]
 
     def _special(self, token: str) -> str:
         return f"<[{self._tokenizer.id_of(token)}]>"

@@ -22,7 +22,7 @@ import deepseek_recipe as recipe
 from overleap.chat.dialects import Prompt
 from overleap.chat.tokenizer import ASSISTANT, END_THINK, EOS, THINK, Tokenizer
 
-ENTRY_BYTES, TOKEN_BYTES = 400, 8  # of memory for an answer and each of its tokens, about
+ENTRY_BYTES, TOKEN_BYTES = 500, 8  # of memory for an answer and each of its tokens, about
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class _Answer:
     """Sampled tokens without the stop token. `opened`: what the prompt had put before them."""
 
     opened: tuple[int, ...]
-    ids: tuple[int, ...]
+    ids: "array[int]"
     reasoning: str
 
 
@@ -93,7 +93,7 @@ class Replay:
             return
         before = hashlib.sha256(_packed(prompt_ids[:start])).digest()
         key = _key(before, said, tenant)
-        answer = _Answer(tuple(prompt_ids[start:]), tuple(sampled), said.reasoning)
+        answer = _Answer(tuple(prompt_ids[start:]), array("Q", sampled), said.reasoning)
         with self._lock:
             self._forget(key)
             self._answers[key] = answer

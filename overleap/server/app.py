@@ -26,6 +26,7 @@ from overleap import __version__
 from overleap.chat.dialects import Api
 from overleap.server import admin, completions, openai, schema, texts
 from overleap.server.auth import Access, Customer
+from overleap.server.bodies import Bodies
 from overleap.server.front import Front
 from overleap.server.refusals import Refusal, refusal_of
 from overleap.server.service import Service
@@ -72,11 +73,11 @@ def build(service: Service) -> FastAPI:
         lifespan=partial(_lifespan, service),
         redirect_slashes=False,
     )
-    table = _routes(service, app)
+    table, bodies = _routes(service, app), Bodies(service.settings.body_bytes)
     for route in table:
         app.add_api_route(
             route.path,
-            _endpoint(route, service),
+            _endpoint(route, service, bodies),
             methods=[route.method],
             name=f"{route.method.lower()} {route.path}",
             operation_id=_operation(route),
@@ -176,15 +177,17 @@ def _model_routes(service: Service) -> list[Route]:
     ]  # fmt: skip
 
 
-def _endpoint(route: Route, service: Service) -> Callable[[HttpRequest], Answer]:
+def _endpoint(route: Route, service: Service, bodies: Bodies) -> Callable[[HttpRequest], Answer]:
     async def answer(http: HttpRequest) -> Response:
         # The key first: nobody unknown makes the server read a body.
         authorization = http.headers.get("authorization") or http.headers.get("x-api-key")
         customer = None
         if route.access is not Access.PUBLIC:
             customer = await asyncio.to_thread(service.auth.authorize, authorization, route.access)
-        raw = b"" if route.takes is None else await _body(http, service.settings.body_bytes)
-        return await route.handle(http, raw, customer)
+        if route.takes is None:
+            return await route.handle(http, b"", customer)
+        async with bodies.read(http, customer.key_id if customer else "") as raw:
+            return await route.handle(http, raw, customer)
 
     async def endpoint(http: HttpRequest) -> Response:
         try:
@@ -193,28 +196,6 @@ def _endpoint(route: Route, service: Service) -> Callable[[HttpRequest], Answer]
             return await _failed(service, http, error)
 
     return endpoint
-
-
-async def _body(http: HttpRequest, most: int) -> bytes:
-    """The body of a request. Raises Refusal: 413 for too many bytes, 415 for another type."""
-    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        # Anything else a browser may send from any page without asking this server first.
-        raise Refusal(415, f"the body is {kind or 'of no type'}, expected application/json")
-    too_large = Refusal(413, f"the body is too large, {most} bytes are the most")
-    try:
-        length = int(http.headers.get("content-length") or 0)
-    except ValueError:
-        raise Refusal(400, "the content-length is no number") from None
-    if length > most:
-        raise too_large
-    pieces, size = [], 0
-    async for piece in http.stream():
-        size += len(piece)
-        if size > most:
-            raise too_large
-        pieces.append(piece)
-    return b"".join(pieces)
 
 
 async def _failed(service: Service, http: HttpRequest, error: Exception) -> Response:

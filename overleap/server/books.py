@@ -87,6 +87,7 @@ class Books:
         self._owner = 0
         self._release: Callable[[], None] = _nothing
         self._open: set[str] = set()  # entries of ours
+        self._owed: dict[str, Terms] = {}  # of them, those that could not be closed
         self._looked = float("-inf")
         self._again = False  # True while work is done a second time
 
@@ -99,7 +100,7 @@ class Books:
     def close(self) -> None:
         """Refund what is open and stop being an owner."""
         with suppress(LedgerError), self._database.reporting("closed"):
-            self._run(self._resign)
+            self._run(self._resign)  # refunds what is owed, too
         self._disconnect()
 
     def reserve(self, terms: Terms) -> None:
@@ -113,6 +114,7 @@ class Books:
             )
         if terms.id in self._open:
             raise _twice(terms)
+        self._refund_owed()
         self._open.add(terms.id)  # before, so that a new owner takes it over
         with self._database.reporting("written"):
             try:
@@ -128,10 +130,26 @@ class Books:
                 raise
 
     def settle(self, terms: Terms, usage: Usage) -> None:
-        """Charge `usage` and give back the rest; nothing used is a refund."""
+        """Charge `usage` and give back the rest; nothing used is a refund.
+
+        Where that fails, nothing is charged: the entry is refunded once the database is there.
+        """
+        self._owed[terms.id] = terms
         with self._database.reporting("written"):
             self._run(lambda connection: self._settle(connection, terms, usage))
-            self._open.discard(terms.id)
+        del self._owed[terms.id]
+        self._open.discard(terms.id)
+        self._refund_owed()
+
+    def _refund_owed(self) -> None:
+        for name, terms in list(self._owed.items()):
+            try:
+                with self._database.reporting("written"):
+                    self._run(partial(self._settle, terms=terms, usage=Usage()))
+            except LedgerError:
+                return  # next time
+            del self._owed[name]
+            self._open.discard(name)
 
     def recover(self) -> int:
         """Refund what dead owners left open. Returns how many entries that were."""
@@ -258,7 +276,7 @@ class Books:
             return  # a reservation that was refused, and whose coroutine was cancelled meanwhile
         if entry.state == "open":
             self._book(connection, entry, usage)
-        elif usage != Usage() and _tokens(entry) != usage:
+        elif usage != Usage() and _booked(entry) != _counts(usage):
             raise LedgerError(
                 f"the request {terms.id} was refunded meanwhile: the ledger lost sight of this "
                 "process",
@@ -350,13 +368,14 @@ def _window(key_id: str, period: str) -> sa.Select[tuple[object, ...]]:
     return sa.select(windows).where(windows.c.key_id == key_id, windows.c.period == period)
 
 
-def _tokens(entry: Row[tuple[object, ...]]) -> Usage:
-    return Usage(
-        cache_hit_tokens=entry.cache_hit_tokens,
-        cache_miss_tokens=entry.cache_miss_tokens,
-        output_tokens=entry.output_tokens,
-        machine_s=entry.machine_us / 10**6,
-    )
+def _booked(entry: Row[tuple[object, ...]]) -> tuple[object, ...]:
+    counts = (entry.cache_hit_tokens, entry.cache_miss_tokens, entry.output_tokens)
+    return (*counts, entry.machine_us)
+
+
+def _counts(usage: Usage) -> tuple[object, ...]:
+    counts = (usage.cache_hit_tokens, usage.cache_miss_tokens, usage.output_tokens)
+    return (*counts, usage.machine_us)
 
 
 def periods(time_us: int) -> tuple[str, str]:

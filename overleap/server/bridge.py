@@ -12,13 +12,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from overleap.engine.request import Event, Finish, Handle, Progress, Request, Stats, Token
+from overleap.errors import RequestError
 from overleap.server.refusals import overloaded
 
 log = logging.getLogger("overleap.server")
@@ -42,6 +43,7 @@ class Steps(Protocol):
 class Generation:
     """A request that the engine has. Belongs to the loop.
 
+    tokens  of its prompt; none where another answer to the same prompt has it read
     read    prompt tokens read so far; cached: of those, found and not computed
     began   when it left the queue, None before
     finish  its last event, once it is there
@@ -50,6 +52,7 @@ class Generation:
 
     request: Request
     bridge: "Bridge"
+    tokens: int = 0
     handle: Handle | None = None
     expected_s: float | None = None
     submitted: float = field(default_factory=time.monotonic)
@@ -75,6 +78,11 @@ class Generation:
         """Take it out of the engine before its next step. Twice is harmless."""
         if self.finish is None:
             self.bridge.cancel(self)
+
+    @property
+    def unread(self) -> int:
+        """Prompt tokens still to be read."""
+        return max(0, self.tokens - self.read)
 
     async def ended(self) -> Finish:
         """Wait for the last event, whoever reads the events."""
@@ -116,6 +124,7 @@ class Bridge:
         self._slots, self._queue, self._queue_tokens = slots, queue, queue_tokens
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._live: dict[str, Generation] = {}
+        self._promised = self._promised_tokens = 0  # let in, and not submitted yet
         self._handles: dict[str, tuple[Handle, Generation]] = {}  # the thread's own
         self._loop: asyncio.AbstractEventLoop | None = None
         self._opened: asyncio.Future[None] | None = None
@@ -148,32 +157,43 @@ class Bridge:
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
-        return len(self._live) - self.running
+        """Requests in the queue, or on their way to it."""
+        return len(self._live) + self._promised - self.running
 
     @property
     def waiting_tokens(self) -> int:
         """Prompt tokens of the requests in the queue."""
-        return sum(len(o.request.prompt) for o in self._live.values() if o.began is None)
+        waiting = sum(one.tokens for one in self._live.values() if one.began is None)
+        return waiting + self._promised_tokens
 
     def expected_wait_s(self, prompt_tokens: int) -> float:
         """Seconds until the first token of a prompt that came now, as far as one can tell.
 
         It has its turn when one of the places is free, and all that is waiting has been read.
         """
-        unread = sum(len(one.request.prompt) - one.read for one in self._live.values())
+        unread = sum(one.unread for one in self._live.values()) + self._promised_tokens
         reading = (unread + prompt_tokens) / self._rate if self._rate else 0.0
-        ahead = len(self._live) + 1 - self._slots
+        ahead = len(self._live) + self._promised + 1 - self._slots
         turns = max(0, ahead) * self._each_s / self._slots if self._each_s else 0.0
         return reading + turns
 
     def admit(self, prompt_tokens: int, requests: int, wait_s: float) -> None:
-        """Raise Refusal (503) where the queue is full or the wait too long."""
+        """Raise Refusal (503) where the queue is full or the wait too long.
+
+        Raises RequestError for more at once than places and queue hold together.
+        """
         if self.stopping:
             raise overloaded("the server is about to stop", 5)
+        if requests > self._slots + self._queue:
+            raise RequestError(
+                f"the request asks for {requests} answers, {self._slots + self._queue} at once "
+                "are the most",
+                "fewer prompts, or a smaller n",
+            )
         expected = self.expected_wait_s(prompt_tokens) + self._late_s
-        busy = len(self._live) >= self._slots
-        if busy and self.waiting + requests > self._queue:
+        there = len(self._live) + self._promised
+        busy = there >= self._slots
+        if there + requests > self._slots + self._queue:
             raise overloaded(f"{self.waiting} requests are waiting already", expected)
         if busy and self.waiting_tokens + prompt_tokens > self._queue_tokens:
             raise overloaded(f"{self.waiting_tokens} prompt tokens are waiting already", expected)
@@ -183,35 +203,65 @@ class Bridge:
                 expected - wait_s,
             )
 
+    @contextmanager
+    def promise(self, prompt_tokens: int, requests: int, wait_s: float) -> Iterator[None]:
+        """As `admit`; inside, others are let in as if the requests were there already."""
+        self.admit(prompt_tokens, requests, wait_s)
+        self._promised += requests
+        self._promised_tokens += prompt_tokens
+        try:
+            yield
+        finally:
+            self._promised -= requests
+            self._promised_tokens -= prompt_tokens
+
     # -- requests
 
-    async def submit(self, request: Request) -> Generation:
-        """Hand a request to the engine. Raises what `Engine.submit` raises."""
+    async def submit(self, requests: Sequence[Request]) -> list[Generation]:
+        """Hand requests to the engine between two steps, all of them or none.
+
+        Raises what `Engine.submit` raises.
+        """
         assert self._loop is not None
-        expected_s = self.expected_wait_s(len(request.prompt))
-        loop, generation = self._loop, Generation(request, self, expected_s=expected_s)
-        answer: asyncio.Future[Handle] = loop.create_future()
+        loop, generations = self._loop, list[Generation]()
+        answer: asyncio.Future[list[Handle]] = loop.create_future()
+        prompts = set[int]()
+        for request in requests:
+            # Answers to one prompt share the tuple, and the engine reads it once.
+            tokens = 0 if id(request.prompt) in prompts else len(request.prompt)
+            prompts.add(id(request.prompt))
+            expected_s = self.expected_wait_s(tokens)
+            generation = Generation(request, self, tokens, expected_s=expected_s)
+            generations.append(generation)
+            self._live[request.id] = generation
 
         def command() -> None:
+            handles: list[Handle] = []
             try:
-                handle = self._engine.submit(request)
+                for request in requests:
+                    handles.append(self._engine.submit(request))
             except BaseException as error:
+                for handle in handles:
+                    self._engine.abort(handle)
                 loop.call_soon_threadsafe(_fail, answer, error)
                 return
-            self._handles[request.id] = handle, generation
-            loop.call_soon_threadsafe(_give, answer, handle)
+            for request, handle, one in zip(requests, handles, generations, strict=True):
+                self._handles[request.id] = handle, one
+            loop.call_soon_threadsafe(_give, answer, handles)
 
-        self._live[request.id] = generation
         self._commands.put(command)
         try:
-            generation.handle = await asyncio.shield(answer)
+            for one, handle in zip(generations, await asyncio.shield(answer), strict=True):
+                one.handle = handle
         except asyncio.CancelledError:
-            self.cancel(generation)
+            for one in generations:
+                self.cancel(one)
             raise
         except BaseException:
-            self._live.pop(request.id, None)
+            for one in generations:
+                self._live.pop(one.request.id, None)
             raise
-        return generation
+        return generations
 
     def cancel(self, generation: Generation) -> None:
         """Have it aborted before the next step."""
@@ -321,7 +371,7 @@ class Bridge:
     def _unread(self) -> int:
         """Prompt tokens that the engine has still to read."""
         return sum(
-            len(one.request.prompt) - one.read
+            one.unread
             for one in self._live.values()
             if one.began is not None and one.finish is None
         )

@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from overleap.chat.grammar import Wanted
 from overleap.chat.tokenizer import Tokenizer
-from overleap.engine.request import Finish, FinishReason, Request, Scores, Token
+from overleap.engine.request import Finish, FinishReason, Progress, Request, Scores, Token
 from overleap.errors import DialectError
 from overleap.server import sse
 from overleap.server.auth import Customer
@@ -26,7 +26,7 @@ from overleap.server.running import Admission, Running, refused
 from overleap.server.schema import CompletionBody
 from overleap.server.service import Service
 from overleap.server.turns import Turns, parsed, sampling_of, user_id_of
-from overleap.server.writers import chat_usage
+from overleap.server.writers import chat_usage, prompt_progress
 
 FIM_BEGIN, FIM_HOLE, FIM_END = "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"
 DEFAULT_TOKENS = 16  # as the API has it
@@ -58,7 +58,7 @@ async def complete(http: HttpRequest, raw: bytes, customer: Customer, service: S
     arrived = time.monotonic()
     # Once without its tokens: what will be refused in any case is not tokenised first.
     service.bridge.admit(0, 1, service.settings.wait_s)
-    asked = await asyncio.to_thread(_asked, service.turns, raw, customer)
+    asked = await service.turns.aside(_asked, service.turns, raw, customer)
     requests = asked.requests
     if asked.wanted is not None:
         grammar = await service.turns.compile(asked.wanted)
@@ -194,6 +194,7 @@ class _Piece:
 
     def __post_init__(self) -> None:
         self._decoder = self.tokenizer.decoder()
+        self._noted = self.tokenizer.decoder()
         if self.asked.echo:
             self.text = self.tokenizer.decode(self.prompt)
             self.begins = len(self.text)
@@ -243,11 +244,10 @@ class _Piece:
         return len(self.text) - held
 
     def _note(self, token: Token) -> None:
-        raw = self.tokenizer.token_bytes(token.id).decode("utf-8", "replace")
-        self.tokens.append(raw)
+        self.tokens.append(self.tokenizer.token_bytes(token.id).decode("utf-8", "replace"))
         self.logprobs.append(None if token.logprob is None else max(token.logprob, -9999.0))
         self.offsets.append(self.length)
-        self.length += len(raw)
+        self.length += len(self._noted.push(token.id))
         if token.logprob is None:
             self.tops.append(None)
             return
@@ -287,11 +287,14 @@ class _Talk:
     async def frames(self) -> AsyncIterator[bytes]:
         """The events of a streamed answer, errors included."""
         try:
+            began = time.monotonic()
             async for index, event in self._events():
+                if isinstance(event, Progress) and self._asked.progress:
+                    yield sse.frame(self._body([]) | prompt_progress(event, began))
                 if isinstance(event, Finish):
                     continue
                 text, logprobs = self._pieces[index].take(False)
-                if text:
+                if text or (logprobs and logprobs["tokens"]):
                     yield sse.frame(self._body([self._choice(index, text, logprobs, None)]))
             usage = await self._running.settle()
             for index in range(len(self._pieces)):

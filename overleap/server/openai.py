@@ -21,7 +21,7 @@ from overleap.server.running import Admission, Running, refused
 from overleap.server.service import Service
 from overleap.server.turns import Turn
 from overleap.server.usage import Usage
-from overleap.server.writers import Chunk, Writer, chat_usage
+from overleap.server.writers import Chunk, Writer, chat_usage, prompt_progress
 
 
 async def converse(
@@ -134,7 +134,7 @@ class _Talk:
                             yield chunk
                         self._begun = True
                     if self._turn.progress and self._turn.api == "chat":
-                        yield self._progress(index, event, began)
+                        yield self._bare() | prompt_progress(event, began)
                 case Token():
                     for chunk in writer.push(event):
                         yield chunk
@@ -191,15 +191,6 @@ class _Talk:
     def _usage_chunk(self, usage: Usage) -> Chunk:
         reasoning = sum(writer.reasoning_tokens for writer in self._writers)
         return self._bare() | {"usage": chat_usage(usage, reasoning)}
-
-    def _progress(self, index: int, progress: Progress, began: float) -> Chunk:
-        told = {
-            "total": progress.total,
-            "cache": progress.cached,
-            "processed": progress.done,
-            "time_ms": round((time.monotonic() - began) * 1000),
-        }
-        return self._bare() | {"prompt_progress": told}
 
     def _frame(self, chunk: Mapping[str, Any]) -> bytes:
         self._number = chunk.get("sequence_number", 0) + 1

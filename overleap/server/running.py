@@ -68,23 +68,22 @@ class Running:
         """
         each = len(requests) // admission.prompts
         tokens = sum(len(request.prompt) for request in requests[::each])
-        bridge.admit(tokens, len(requests), wait_s)
         stack = AsyncExitStack()
         most = sum(request.sampling.max_tokens for request in requests)
-        reservation = await stack.enter_async_context(
-            ledger.reserve(
-                admission.customer,
-                tokens,
-                most,
-                admission.id,
-                longest_tokens=max(request.total_tokens for request in requests),
+        with bridge.promise(tokens, len(requests), wait_s):
+            reservation = await stack.enter_async_context(
+                ledger.reserve(
+                    admission.customer,
+                    tokens,
+                    most,
+                    admission.id,
+                    longest_tokens=max(request.total_tokens for request in requests),
+                )
             )
-        )
         metrics.admitted(admission.customer.tier.name, tokens)
         running = cls(admission, reservation, metrics, [], stack, ended)
         try:
-            for request in requests:
-                running.generations.append(await bridge.submit(request))
+            running.generations += await bridge.submit(requests)
         except BaseException:
             await running.close()
             raise
@@ -164,9 +163,11 @@ class Running:
         for generation in self.generations:
             generation.cancel()
         try:
-            await self.settle()
-        finally:
-            await self._stack.aclose()
+            try:
+                await self.settle()
+            finally:
+                await self._stack.aclose()
+        finally:  # also where the ledger could not be written
             self._ended(self)
             admission, usage = self.admission, self._settled or self.usage
             self.metrics.finished(

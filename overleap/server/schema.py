@@ -62,7 +62,6 @@ class Sampled(Body):
     logit_bias: Annotated[dict[BiasedId, Bias], Field(max_length=MAX_BIASED)] | None = None
     user: User | None = None
     return_progress: bool | None = None
-    return_choices: bool | None = None
 
 
 class Thinking(BaseModel):
@@ -92,6 +91,7 @@ class ChatBody(Sampled):
     response_format: Object | None = None
     reasoning_effort: Annotated[str, Field(max_length=16)] | None = None
     thinking: Thinking | None = None
+    return_choices: bool | None = None
 
 
 class CompletionBody(Sampled):
@@ -122,6 +122,7 @@ class ResponsesBody(Body):
     stream: bool | None = None
     tools: Annotated[list[Object], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["auto", "none", "required"] | Object | None = None
+    parallel_tool_calls: bool | None = None
     reasoning: Object | None = None
     text: Object | None = None
     previous_response_id: None = None

@@ -3,7 +3,6 @@
 Read next: app.py.
 """
 
-import asyncio
 from typing import Any
 
 from starlette.responses import Response
@@ -47,10 +46,10 @@ def model(service: Service, name: str, customer: Customer) -> Response:
 
 
 async def tokenize(raw: bytes, customer: Customer, service: Service) -> Response:
-    return json_response(await asyncio.to_thread(_tokenize, raw, customer, service.turns))
+    return await service.turns.aside(_tokenize, raw, customer, service.turns)
 
 
-def _tokenize(raw: bytes, customer: Customer, turns: Turns) -> dict[str, Any]:
+def _tokenize(raw: bytes, customer: Customer, turns: Turns) -> Response:
     body, _ = parsed(TokenizeBody, raw)
     if body.model is not None:
         turns.check_model(body.model)
@@ -70,26 +69,29 @@ def _tokenize(raw: bytes, customer: Customer, turns: Turns) -> dict[str, Any]:
     }
     if body.return_token_strs:
         found["token_strs"] = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids]
-    return found
+    return json_response(found)
 
 
 async def detokenize(raw: bytes, customer: Customer, service: Service) -> Response:
-    return json_response(await asyncio.to_thread(_detokenize, raw, service.turns))
+    return await service.turns.aside(_detokenize, raw, customer, service.turns)
 
 
-def _detokenize(raw: bytes, turns: Turns) -> dict[str, Any]:
+def _detokenize(raw: bytes, customer: Customer, turns: Turns) -> Response:
     body, _ = parsed(DetokenizeBody, raw)
     if body.model is not None:
         turns.check_model(body.model)
-    return {"prompt": turns.model.tokenizer.decode(body.tokens, control=True)}
+    most = turns.context_of(customer)
+    if len(body.tokens) > most:
+        raise Refusal(400, f"{len(body.tokens)} tokens, the context is {most}", param="tokens")
+    return json_response({"prompt": turns.model.tokenizer.decode(body.tokens, control=True)})
 
 
 async def count_tokens(raw: bytes, customer: Customer, service: Service) -> Response:
-    return json_response(await asyncio.to_thread(_count, raw, service.turns))
+    return await service.turns.aside(_count, raw, service.turns)
 
 
-def _count(raw: bytes, turns: Turns) -> dict[str, Any]:
+def _count(raw: bytes, turns: Turns) -> Response:
     body, value = parsed(CountBody, raw)
     turns.check_model(body.model)
     prompt, _ = turns.render("messages", {**value, "max_tokens": 1})
-    return {"input_tokens": len(turns.model.tokenizer.encode_prompt(prompt))}
+    return json_response({"input_tokens": len(turns.model.tokenizer.encode_prompt(prompt))})

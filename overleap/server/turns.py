@@ -9,10 +9,10 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import deepseek_recipe as recipe
 from pydantic import ValidationError
@@ -31,6 +31,7 @@ from overleap.server.refusals import Refusal
 from overleap.server.schema import Body, ChatBody, MessagesBody, ResponsesBody
 from overleap.server.settings import Settings
 
+_Result = TypeVar("_Result")
 COMPILE_S = 2.0
 _BODIES: dict[Api, type[Body]] = {
     "chat": ChatBody,
@@ -127,10 +128,17 @@ class Turns:
         self._grammars = Grammars(model.tokenizer)
         # Two threads: a grammar that takes forever keeps one, and the next is refused in time.
         self._compilers = ThreadPoolExecutor(2, thread_name_prefix="grammar")
+        # Long texts wait for each other, and nothing else for them.
+        self._readers = ThreadPoolExecutor(2, thread_name_prefix="text")
+
+    async def aside(self, work: Callable[..., _Result], *arguments: Any) -> _Result:
+        """Do what takes a text's length in a thread."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._readers, work, *arguments)
 
     async def prepare(self, api: Api, raw: bytes, customer: Customer) -> Turn:
         """Read a body. Raises Refusal, RequestError, DialectError."""
-        turn, wanted = await asyncio.to_thread(self._prepare, api, raw, customer)
+        turn, wanted = await self.aside(self._prepare, api, raw, customer)
         return turn if wanted is None else replace(turn, grammar=await self.compile(wanted))
 
     async def compile(self, wanted: Wanted) -> Grammar:
@@ -170,7 +178,7 @@ class Turns:
         if api == "chat" and value.get("max_completion_tokens") is not None:
             body["max_tokens"] = value["max_completion_tokens"]
         for key in ("max_tokens", "max_output_tokens"):
-            if body.get(key) is not None:
+            if isinstance(body.get(key), int):
                 body[key] = min(body[key], _LIBRARY_TOKENS)
         return render_body(api, body, profile=self.model.profile)
 
@@ -181,6 +189,8 @@ class Turns:
         user_id = user_id_of(value)
         tenant = self.isolation.salt(customer, user_id)
         ids = self.replay.encode(prompt, read.conversation.messages, tenant)
+        # From here on only what this API has, so only what was checked.
+        value = {name: item for name, item in value.items() if name in type(body).model_fields}
         echo = recipe.ResponsesRequest(value).echo() if api == "responses" else None
         asked = next(
             (value[k] for k in ("max_completion_tokens", "max_output_tokens", "max_tokens")
@@ -280,12 +290,13 @@ def _wanted(
         chosen = [tool for tool in tools if name in (None, tool["function"]["name"])]
         if not chosen:
             raise DialectError(f"tool_choice names {name!r}, which is not among the tools")
-        return Wanted("tools", json.dumps(chosen))
+        return Wanted("tools", json.dumps(chosen), several=_may_call_several(value))
     tools = ""
     if prompt.reply.tools:
         tools = json.dumps([_definition(tool) for tool in read.conversation.tools])
     kind = "regex" if constraint.kind == "regex" else "json"
-    return Wanted(kind, constraint.schema, reasoning, tools)  # type: ignore[arg-type]
+    several = _may_call_several(value)
+    return Wanted(kind, constraint.schema, reasoning, tools, several)  # type: ignore[arg-type]
 
 
 def _definition(tool: recipe.ToolDefinition) -> dict[str, Any]:
@@ -298,6 +309,13 @@ def _named_tool(choice: Any) -> str | None:
         case {"function": {"name": str(name)}} | {"name": str(name)}:
             return name
     return None
+
+
+def _may_call_several(value: Mapping[str, Any]) -> bool:
+    """What any of the APIs says of several tool calls in one answer."""
+    choice = value.get("tool_choice")
+    alone = isinstance(choice, Mapping) and choice.get("disable_parallel_tool_use") is True
+    return not alone and value.get("parallel_tool_calls") is not False
 
 
 def user_id_of(value: Mapping[str, Any]) -> str:

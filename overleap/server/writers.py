@@ -5,6 +5,7 @@ it. Not here: HTTP (openai.py). Read next: chat/dialects.py.
 """
 
 import json
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -230,6 +231,17 @@ def chat_usage(usage: Usage, reasoning_tokens: int) -> Chunk:
         "prompt_cache_hit_tokens": usage.cache_hit_tokens,
         "prompt_cache_miss_tokens": usage.cache_miss_tokens,
     }
+
+
+def prompt_progress(progress: Progress, began: float) -> Chunk:
+    """How far a prompt is read; `began` is of time.monotonic."""
+    told = {
+        "total": progress.total,
+        "cache": progress.cached,
+        "processed": progress.done,
+        "time_ms": round((time.monotonic() - began) * 1000),
+    }
+    return {"prompt_progress": told}
 
 
 @dataclass(eq=False)

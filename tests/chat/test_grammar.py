@@ -106,6 +106,15 @@ def test_calls_name_known_tools_and_give_what_is_required() -> None:
     assert held(grammar, END) == "", "no call at all is none"
 
 
+def test_one_call_where_one_is_wanted() -> None:
+    once = compiled("tools", [tool({"type": "object"})], several=False)
+    more = compiled("tools", [tool({"type": "object"})])
+    two = call("find") + call("find")
+    assert held(more, two).startswith(two)
+    assert held(once, call("find")).startswith(call("find"))
+    assert not held(once, two).startswith(two)
+
+
 def test_reasoning_comes_first_and_tools_may_come_instead() -> None:
     grammar = compiled("json", {"type": "boolean"}, reasoning=True, tools=json.dumps([tool({})]))
     assert held(grammar, "I think { so.</think>true").endswith("true.")

@@ -376,7 +376,8 @@ def test_a_lost_commit_is_booked_once(
                 assert sums_of(database, customer)[2:] == (0, 100)
                 with Ledger(database) as sibling:
                     assert sibling.refunded_at_start == 0
-                await reservation.settle(Usage(cache_miss_tokens=90, output_tokens=10))
+                usage = Usage(cache_miss_tokens=90, output_tokens=10, machine_s=0.1234567)
+                await reservation.settle(usage)
 
         asyncio.run(run())
         assert sums_of(database, customer) == (PRICE.of(0, 90, 10), 0, 100, 0)
@@ -403,6 +404,28 @@ def test_closing_refunds_and_resigns(database: Database) -> None:
     assert sums_of(database, customer) == (0, 0, 0, 0)
     with database.read() as connection:
         assert connection.execute(sa.select(owners)).all() == []
+
+
+def test_what_could_not_be_settled_is_refunded_later(
+    database: Database, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that was full for a moment: nothing is charged, and the key's place comes back."""
+    customer, books = customer_of(database, concurrent_requests=1), ledger._books
+    work, full = books._settle, [True]
+
+    def settle(*given: Any, **named: Any) -> None:
+        if full[0]:
+            raise sa.exc.OperationalError("UPDATE", None, Exception("disk is full"))
+        work(*given, **named)
+
+    monkeypatch.setattr(books, "_settle", settle)
+    with pytest.raises(LedgerError, match="disk is full"):
+        spend(ledger, customer, SOME)
+    with pytest.raises(RateError):  # as long as it is
+        spend(ledger, customer, SOME)
+    full[0] = False
+    spend(ledger, customer, SOME)
+    assert sums_of(database, customer) == (PRICE.of(100, 28, 10), 0, 38, 0)
 
 
 def test_a_ledger_that_cannot_be_written(tmp_path: Path) -> None:
