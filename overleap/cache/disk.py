@@ -226,7 +226,7 @@ class DiskTier:
         form = form_of(entry.unit, cache, model_digest)
         try:
             return unpack(self._store.read(entry, form.size), form, self._store.key)
-        except (Unsound, OSError):
+        except (Unsound, FileNotFoundError):
             self._drop(entry)
             return None
 

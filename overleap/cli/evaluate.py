@@ -5,7 +5,7 @@ Not speed (bench.py). Read next: eval/grid.py, eval/language.py.
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from overleap.cli import screen
 from overleap.cli.app import Device, Json, app, cache_format_of, text_of
 from overleap.cli.session import import_torch
 from overleap.errors import RequestError
+
+if TYPE_CHECKING:
+    from overleap.eval.grid import Asked
 
 evaluate = typer.Typer(no_args_is_help=True, help="Measure what a model finds and predicts.")
 app.add_typer(evaluate, name="eval")
@@ -57,9 +60,10 @@ def tasks(
     reader = Reader.open(model, format=cache_format_of(cache), dense=dense, device=device)
     chosen = range(first_seed, first_seed + seeds)
     lengths = tokens or [4096]
-    with screen.bar("reading", "tokens") as bar:
-        found = list(
-            grid.grid(
+    found: list[grid.Asked] = []
+    try:
+        with screen.bar("reading", "tokens") as bar:
+            answers = grid.grid(
                 reader,
                 lengths,
                 chosen,
@@ -69,9 +73,15 @@ def tasks(
                 text=None if text is None else text_of(text),
                 progress=bar,
             )
-        )
+            found.extend(answers)
+    finally:  # what was measured is shown, whatever came then
+        if found:
+            _show(found, kind, planted, as_json)
     if plot is not None:
         grid.draw(found, plot)
+
+
+def _show(found: "list[Asked]", kind: str, planted: int, as_json: bool) -> None:
     if as_json:
         screen.put_json([one.to_dict() for one in found])
         return

@@ -19,11 +19,12 @@ class Pace:
     def __init__(self) -> None:
         self._alone_s: float | None = None
         self._each_s: float | None = None
-        self._since = 0  # steps with answers since the last that was to take a chunk
+        self._since = 0  # steps since the last that was to take a chunk
 
     def beside(self) -> int:
         """Tokens of long prompts beside answers in the next step, asked once for each."""
-        if self._since < EVERY - 1:
+        self._since += 1
+        if self._since < EVERY:
             return 0
         self._since = 0
         if self._alone_s is None or self._each_s is None:
@@ -33,7 +34,6 @@ class Pace:
     def measure(self, answers: int, prompt_tokens: int, seconds: float) -> None:
         """A step took so long, for so many answers and so many tokens of prompts."""
         if not prompt_tokens:
-            self._since += 1
             self._alone_s = _blend(self._alone_s, seconds)
             return
         if answers:

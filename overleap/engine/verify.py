@@ -15,7 +15,7 @@ from overleap.cache.state import Cache
 from overleap.engine.request import Completion, FinishReason, Request
 from overleap.engine.sampler import Draw, choice_of, sample, shifted, uniform
 from overleap.errors import StateError
-from overleap.kernels.torch.sample import candidates
+from overleap.kernels.torch.sample import bits, candidates
 from overleap.model.transformer import Batch, Transformer
 
 Progress = Callable[[int, int], None]
@@ -89,7 +89,7 @@ def differences(
                     walk.accept(given[index])
                 expected = sample(logits_V, draw, model.ops, allowed).id
                 if expected != given[index]:
-                    gap = _gap(shifted(logits_V, draw), draw, given[index])
+                    gap = _gap(_open(shifted(logits_V, draw), allowed), draw, given[index])
                     found.append(Difference(index, given[index], expected, gap))
             if progress is not None:
                 progress(end, len(ids))
@@ -113,6 +113,14 @@ def _pieces(total: int, first: int, chunk_tokens: int) -> Iterator[tuple[int, in
         end = min(start + (LOGIT_ROWS if rest else chunk_tokens), total if rest else first)
         yield start, end
         start = end
+
+
+def _open(logits_V: Tensor, allowed: bytes | None) -> Tensor:
+    """Without the tokens that a grammar forbids."""
+    if allowed is None:
+        return logits_V
+    packed = torch.frombuffer(bytearray(allowed), dtype=torch.uint8).to(logits_V.device)
+    return logits_V.masked_fill(~bits(packed, len(logits_V)), -torch.inf)
 
 
 def _gap(logits_V: Tensor, draw: Draw, given: int) -> float:

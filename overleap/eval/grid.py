@@ -137,7 +137,10 @@ def draw(found: Sequence[Asked], path: Path) -> Path:
     axes.set_ylabel("depth")
     axes.set_title(f"{found[0].kind}: share of right answers")
     figure.colorbar(image)
-    figure.savefig(path, format="png", dpi=130)
+    try:
+        figure.savefig(path, format="png", dpi=130)
+    except OSError as error:
+        raise OverleapError(f"{path} cannot be written: {error.strerror}") from None
     return path
 
 

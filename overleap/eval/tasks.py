@@ -47,6 +47,9 @@ def draw_tasks(
         raise RequestError(f"no kind of task is called {kind!r}", f"kinds are {', '.join(KINDS)}")
     if size < 1:
         raise RequestError(f"a task of size {size} was asked for, 1 is the least")
+    most = min(map(len, VALUES.values()))
+    if kind == "values" and size > most:
+        raise RequestError(f"{size} values of one thing were asked for, {most} are the most")
     if kind == "fact":
         facts = draw_facts(count, rng, share=share)
         return [Task((f.sentence,), f.question, (f.value,), (0,)) for f in facts]

@@ -219,7 +219,7 @@ class Rows:
             if size > length - len(ids):
                 if ids:
                     break
-                spoken, wanted, size = spoken[:length], wanted[:length], length
+                spoken, wanted, size = spoken[:length], [*wanted[: length - 1], False], length
             ids += spoken + [PAD_ID] * (size - len(spoken))
             learn += wanted + [False] * (size - len(spoken))
             counts.append(size)
@@ -291,7 +291,7 @@ def _order(seed: str, count: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
 def _conversations(path: str) -> list[dict[str, Any]]:
     talks = []
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
+        lines = Path(path).read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise TrainingError(f"{path} cannot be read: {error}") from None
     for number, line in enumerate(lines, 1):
@@ -301,8 +301,9 @@ def _conversations(path: str) -> list[dict[str, Any]]:
             raise TrainingError(f"{path} line {number} is not JSON: {error}") from None
         if talk is None:
             continue
-        if not isinstance(talk, dict) or not isinstance(talk.get("messages"), list):
-            raise TrainingError(f"{path} line {number} has no list `messages`")
+        messages = talk.get("messages") if isinstance(talk, dict) else None
+        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+            raise TrainingError(f"{path} line {number} has no list `messages` of objects")
         talks.append(talk)
     if not talks:
         raise TrainingError(f"{path} holds no conversation")

@@ -7,12 +7,14 @@ The state is written first and a folder appears whole or not at all, so that a k
 newest pair intact. Not here: when (loop.py), the layout (checkpoint/).
 """
 
+import heapq
 import json
 import os
 import random
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,16 @@ def place(folder: Path, step: int) -> Path:
 def _states(folder: Path, step: int) -> list[Path]:
     home = place(folder, step)
     return sorted(home.parent.glob(f"{home.name}.state-*[0-9]"))
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a killed run left half written: state without weights, partial files."""
+    home = folder / "checkpoints"
+    for path in home.iterdir() if home.is_dir() else ():
+        name = path.name
+        whole = place(folder, int(match[1])) if (match := _NAME.match(name)) else None
+        if ".partial" in name or (".state-" in name and whole is not None and not whole.is_dir()):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def save_state(
@@ -128,14 +140,15 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 def sample(texts: Iterable[str], characters: int, every: int = 1 << 16) -> Iterator[str]:
     """Pieces of all texts, about `characters` in all, the same ones every time."""
-    pieces = [text[at : at + every] for text in texts for at in range(0, len(text), every)]
-    rng = random.Random(len(pieces))
-    rng.shuffle(pieces)
-    taken = 0
+    rng, chosen, held = random.Random(0), list[tuple[float, str]](), 0
+    pieces = (text[at : at + every] for text in texts for at in range(0, len(text), every))
     for piece in pieces:
-        if taken > characters:
-            return
-        taken += len(piece)
+        # Those with the highest numbers stay, so what is held never grows beyond them.
+        heapq.heappush(chosen, (rng.random(), piece))
+        held += len(piece)
+        while held - len(chosen[0][1]) > characters:
+            held -= len(heapq.heappop(chosen)[1])
+    for _, piece in chosen:
         yield piece
 
 
@@ -148,14 +161,20 @@ def board(folder: Path) -> Any:
     return SummaryWriter(str(folder / "tensorboard"))
 
 
+def read_log(folder: Path) -> Iterator[dict[str, float]]:
+    """The records of log.jsonl, but for a line that was cut off."""
+    for line in (folder / "log.jsonl").read_text("utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            yield json.loads(line)
+
+
 def draw_losses(folder: Path) -> Path | None:
     """losses.png of log.jsonl; None where matplotlib (extra `plots`) is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    lines = (folder / "log.jsonl").read_text("utf-8").splitlines()
-    log = [record for record in map(json.loads, lines) if "rolled_back_to" not in record]
+    log = [record for record in read_log(folder) if "rolled_back_to" not in record]
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     for key, label in (("language", "next token"), ("answer", "answers"), ("mtp", "draft block")):

@@ -8,6 +8,7 @@ each, its state. Not here: losses.py, one pass (passes.py), rows (data.py), keep
 
 import json
 import math
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessException, spawn
 
 from overleap import devices
 from overleap.chat.profiles import profile_for
@@ -26,7 +27,7 @@ from overleap.chat.tokenizer import Tokenizer
 from overleap.checkpoint.convert import parameters
 from overleap.checkpoint.placing import is_routed
 from overleap.checkpoint.table import tensor_table
-from overleap.errors import TrainingError
+from overleap.errors import OverleapError, TrainingError
 from overleap.train import kept
 from overleap.train.data import Rows, fact_words
 from overleap.train.losses import move_bias
@@ -67,33 +68,96 @@ def run(
         _rank(0, 1, recipe, folder, None, False, report)
     else:
         begin(recipe, folder)
-        meeting = folder / "meeting"
-        meeting.unlink(missing_ok=True)
-        given = (ranks, recipe, folder, f"file://{meeting}", spread, None)
-        spawn(_rank, given, nprocs=ranks, join=True)
+        _together(ranks, recipe, folder, spread, report)
+
+
+def _together(
+    ranks: int, recipe: Recipe, folder: Path, spread: bool, report: Report | None
+) -> None:
+    """Ranks in processes of their own; what they log is reported, what they raise is raised."""
+    there = devices.find()
+    if there.type != "cpu" and ranks > devices.count(devices.kind_of(there)):
+        raise TrainingError(
+            f"{ranks} ranks were asked for, there are {devices.count(devices.kind_of(there))} "
+            f"{there.type} devices"
+        )
+    meeting, failed, log = (folder / n for n in ("meeting", "failed.json", "log.jsonl"))
+    meeting.unlink(missing_ok=True)
+    failed.unlink(missing_ok=True)
+    seen = log.stat().st_size if log.exists() else 0
+    given = (ranks, recipe, folder, f"file://{meeting}", spread, failed)
+    context = spawn(_rank_apart, given, nprocs=ranks, join=False)
+    try:
+        ended = False
+        while not ended:
+            ended = context.join(1.0)
+            seen = _pass_on(log, seen, report)
+    except ProcessException:
+        if not failed.exists():
+            raise
+        raise TrainingError(*json.loads(failed.read_text("utf-8"))) from None
+
+
+def _rank_apart(
+    rank: int, ranks: int, recipe: Recipe, folder: Path, meeting: str, spread: bool, failed: Path
+) -> None:
+    """A rank in a process of its own, which leaves word of why it ended."""
+    try:
+        _rank(rank, ranks, recipe, folder, meeting, spread, None)
+    except OverleapError as error:
+        failed.write_text(json.dumps([error.message, error.hint]), "utf-8")
+        raise
+
+
+def _pass_on(log: Path, seen: int, report: Report | None) -> int:
+    """Report whole lines of a log from byte `seen` on; returns how far that was."""
+    if report is None or not log.exists():
+        return seen
+    with log.open("rb") as file:
+        file.seek(seen)
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            report(json.loads(line))
+            seen += len(line)
+    return seen
 
 
 def begin(recipe: Recipe, folder: Path) -> None:
-    """recipe.json, tokenizer.json and tokens/ of a folder, made where they are not there yet."""
-    path = folder / "recipe.json"
-    if path.exists():
-        if from_json(path.read_text("utf-8"), str(path)) != recipe:
+    """recipe.json, tokenizer.json and tokens/ of a folder, made where they are not there yet.
+
+    A folder where nothing was trained yet takes another recipe. Raises TrainingError.
+    """
+    path, tokenizer = folder / "recipe.json", folder / "tokenizer.json"
+    if path.exists() and from_json(path.read_text("utf-8"), str(path)) != recipe:
+        if (folder / "log.jsonl").exists() or kept.newest(folder) is not None:
             raise TrainingError(
                 f"{folder} holds a run of another recipe",
                 "go on with `overleap train resume`, or choose another folder",
             )
-    else:
+        path.unlink()
+        tokenizer.unlink(missing_ok=True)
+        shutil.rmtree(folder / "tokens", ignore_errors=True)
+    if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(recipe.to_json(), "utf-8")
-    tokenizer = folder / "tokenizer.json"
     if not tokenizer.exists():
+        partial = tokenizer.with_suffix(".partial")
         if recipe.base:
-            tokenizer.write_bytes((Path(recipe.base) / "tokenizer.json").read_bytes())
+            _copy_tokenizer(Path(recipe.base), partial)
         else:
             texts = kept.sample((text for _, text in documents(recipe.text)), TOKENIZER_TEXT)
-            train_tokenizer(texts, tokenizer, recipe.vocabulary, fact_words())
+            train_tokenizer(texts, partial, recipe.vocabulary, fact_words())
+        partial.replace(tokenizer)
     if recipe.text and not (folder / "tokens" / "held_out" / "shard.json").exists():
         build(documents(recipe.text), Tokenizer.from_file(tokenizer), folder / "tokens")
+
+
+def _copy_tokenizer(base: Path, target: Path) -> None:
+    try:
+        target.write_bytes((base / "tokenizer.json").read_bytes())
+    except OSError as error:
+        raise TrainingError(f"{base} has no tokenizer that can be read: {error}") from None
 
 
 def recipe_of(folder: Path) -> Recipe:
@@ -115,7 +179,10 @@ def _rank(
 ) -> None:
     if ranks > 1:
         torch.set_num_threads(1)  # on a shared machine they wait for each other once a step
-        backend = devices.kind_of(devices.find()).group
+        kind = devices.kind_of(devices.find())
+        if kind is not devices.CPU:  # collectives of objects go over the current device
+            torch.get_device_module(kind.type).set_device(rank % devices.count(kind))
+        backend = kind.group
         dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=ranks)
     torch._dynamo.config.recompile_limit = 64  # one function serves many shapes
     try:
@@ -146,6 +213,11 @@ class Trainer:
             )
         shard = Shard.open(folder / "tokens" / "train") if recipe.text else None
         self.rows = Rows(tokenizer, shard, recipe.seed, profile_for(recipe.config.to_dict()))
+        for number, stage in enumerate(recipe.stages):  # what cannot be made, now and not in hours
+            if not stage.mixture:
+                raise TrainingError(f"stage {number} has an empty mixture, so it has no rows")
+            for source in stage.mixture:
+                self.rows.row((source,), number, 0, stage.length)
         self.spread = Spread.of(recipe) if spread and self.ranks > 1 else None
         self.work = Pass(recipe, trainable(recipe), best_dtype(), self.spread)
         self.model = self.work.model
@@ -161,6 +233,8 @@ class Trainer:
             muon=recipe.muon,
         )
         self.board = None if self.rank else kept.board(folder)
+        if not self.rank:
+            kept.tidy(folder)
         self.step = self.skipped = self.rollbacks = 0
         self.losses: list[float] = []
         if (newest := kept.newest(folder)) is not None:
@@ -200,6 +274,8 @@ class Trainer:
         recipe = self.recipe
         number, within = recipe.place(self.step)
         stage = recipe.stages[number]
+        if not within:
+            self.losses = []  # another stage's say nothing of this one's
         self._learn_only(stage)
         self.optimizer.zero_grad()
         record, loads = self._gradients(stage, number, within)
@@ -276,6 +352,11 @@ class Trainer:
         wanted = [p for n, p in named if n not in self.alone]
         alone = [p.grad for n, p in named if n in self.alone and p.grad is not None]
         if self.ranks > 1:
+            there = torch.tensor([p.grad is not None for p in wanted], device=self.work.device)
+            somewhere = there.int()
+            dist.all_reduce(somewhere)
+            # What no rank has a gradient of stays as it is, as on one rank.
+            wanted = [p for p, count in zip(wanted, somewhere.tolist(), strict=True) if count]
             grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in wanted]
             flat = torch.cat([g.flatten() for g in grads])
             dist.all_reduce(flat)
@@ -294,7 +375,7 @@ class Trainer:
     def _is_sane(self, loss: float, norm: float) -> bool:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return False
-        if len(self.losses) < SPIKE_LEAST or self.recipe.place(self.step)[1] < SPIKE_LEAST:
+        if len(self.losses) < SPIKE_LEAST:
             return True
         return loss < self.recipe.spike * statistics.median(self.losses)
 

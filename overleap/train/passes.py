@@ -248,7 +248,9 @@ class Pass:
 
         def logits(x_TMD: Tensor) -> Tensor:
             out, _ = self.model.draft(x_TMD, step.next_T, cache, spans, rows=rows)
-            return F.cross_entropy(out, after[rows], ignore_index=PAD_ID)
+            wanted = after[rows]
+            total = F.cross_entropy(out, wanted, ignore_index=PAD_ID, reduction="sum")
+            return total / (wanted != PAD_ID).sum().clamp_min(1)
 
         if len(step.ids_T) > self.recipe.kept_tokens:
             loss: Tensor = checkpoint(logits, streams, use_reentrant=False)

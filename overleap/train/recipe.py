@@ -15,6 +15,7 @@ from typing import Any
 from overleap.config import ModelConfig
 from overleap.errors import TrainingError
 from overleap.train.data import Chat, Source, Tasks, Text
+from overleap.train.shards import PAGE
 
 SOURCES: dict[str, type[Text] | type[Tasks] | type[Chat]] = {
     "text": Text,
@@ -46,6 +47,21 @@ class Stage:
     retrieval: float = 1.0
     mtp: float = 0.0
     rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        shares = [source.share for source in self.mixture]
+        rules = (
+            (self.steps >= 1, f"a stage of {self.steps} steps"),
+            (self.rows >= 1, f"a stage of {self.rows} rows"),
+            (
+                self.length > 0 and self.length % PAGE == 0,
+                f"rows of {self.length} tokens, not of whole pages of {PAGE}",
+            ),
+            (all(0 < share < math.inf for share in shares), f"a mixture with shares {shares}"),
+        )
+        for holds, what in rules:
+            if not holds:
+                raise TrainingError(f"the recipe has {what}")
 
 
 @dataclass(frozen=True)
@@ -90,6 +106,13 @@ class Recipe:
     spike: float = 2.0
     compiled: bool = True
     notes: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise TrainingError("the recipe has no stage")
+        for name in ("warmup_steps", "group_tokens", "distilled"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"the recipe's {name} is {getattr(self, name)}, 1 is the least")
 
     @property
     def steps(self) -> int:

@@ -73,7 +73,7 @@ def _of_file(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -38,6 +38,15 @@ def test_prompts_move_in_one_step_of_so_many(seed: int) -> None:
     assert chunks == list(range(EVERY - 1, 400, EVERY))
 
 
+def test_prompts_move_whatever_short_ones_come_in_every_step() -> None:
+    pace, chunks = Pace(), 0
+    for _ in range(40 * EVERY):
+        tokens = pace.beside()
+        chunks += tokens > 0
+        pace.measure(3, tokens + 100, 0.05)
+    assert chunks == 40
+
+
 def test_a_slow_machine_still_reads_a_little(seed: int) -> None:
     took = drive(Pace(), (0.001, 0.0, 0.01), 200, seed)
     assert {tokens for tokens in took if tokens} == {LEAST}

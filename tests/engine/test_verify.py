@@ -9,7 +9,8 @@ import torch
 from overleap.cache.layout import CacheFormat
 from overleap.engine.engine import Engine
 from overleap.engine.request import Completion, Request, Sampling, Token
-from overleap.engine.verify import LOGIT_ROWS, TIE, Sound, check, differences
+from overleap.engine.sampler import Draw
+from overleap.engine.verify import LOGIT_ROWS, TIE, Sound, _gap, _open, check, differences
 from overleap.errors import StateError
 from overleap.model.transformer import Transformer
 from tests.checkpoints import random_tensors, tiny_config
@@ -122,3 +123,15 @@ def test_an_even_choice_is_counted(seed: int, monkeypatch: pytest.MonkeyPatch) -
     assert check(model, request, answer, format=CacheFormat.WIDE) == Sound(1, 0)
     monkeypatch.setitem(TIE, CacheFormat.WIDE, float("inf"))
     assert check(model, request, forged, format=CacheFormat.WIDE) == Sound(1, 1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_a_grammar_forbids_is_no_better_choice(temperature: float) -> None:
+    """Two allowed tokens nearly tied; a forbidden one far above them says nothing."""
+    logits = torch.tensor([9.0, 1.0, 0.999, 8.0])
+    allowed = bytes([0b0110])
+    draw = Draw(Sampling(temperature=temperature, seed=1), 1, 0, [])
+    near = _gap(_open(logits, allowed), draw, 2)
+    assert near == pytest.approx(0.001, abs=1e-4) if temperature == 0 else near <= 0.5
+    assert _gap(_open(logits, None), draw, 2) > 2 * near
+    assert _open(logits, allowed)[1:3].equal(logits[1:3])

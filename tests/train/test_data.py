@@ -12,6 +12,7 @@ from overleap.chat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from overleap.errors import TrainingError
 from overleap.eval.needle import stdlib_sources
 from overleap.train.data import Chat, Rows, Source, Tasks, Text, fact_words
+from overleap.train.kept import sample
 from overleap.train.shards import EOS_ID, PAD_ID, Shard, build, train_tokenizer
 from overleap.train.text import documents, text_of_html
 
@@ -180,6 +181,11 @@ def test_conversations_teach_what_the_assistant_says(
     text = tokenizer.decode(said, control=True)
     assert "Answer" in text and "More of" in text and text.count("<｜end▁of▁sentence｜>") >= 2
     assert "Question" not in text and "brief" not in text and "think" not in text
+    long = {"messages": [{"role": "user", "content": "Go on."},
+                         {"role": "assistant", "content": "a\u2028b\x85 " * 900}]}  # fmt: skip
+    (tmp_path / "long.jsonl").write_text(json.dumps(long, ensure_ascii=False), "utf-8")
+    cut = rows_of(tokenizer, None, seed).row((Chat(str(tmp_path / "long.jsonl")),), 0, 0, 256)
+    assert cut.learn[254] and not cut.learn[255], "what follows the cut is not known"
     other = tmp_path / "other.jsonl"
     other.write_text('{"text": "no"}')
     with pytest.raises(TrainingError, match="has no list `messages`"):
@@ -196,3 +202,20 @@ def test_rows_that_cannot_be_made_are_refused(
         rows.row((Text(),), 0, 0, 1 << 24)
     with pytest.raises(TrainingError, match="has no token folder"):
         rows_of(tokenizer, None, seed).row((Text(),), 0, 0, 128)
+
+
+def test_a_tokenizer_sees_pieces_of_all_texts_and_no_more_than_asked(seed: int) -> None:
+    """The same ones every time, and a corpus larger than memory is never held."""
+    texts = [chr(0x4E00 + number) * 1000 for number in range(3000)]
+    found = list(sample(iter(texts), 100_000, 250))
+    assert 99_000 <= sum(map(len, found)) <= 100_250
+    assert found == list(sample(iter(texts), 100_000, 250))
+    assert len({piece[0] for piece in found}) > 300 and max(map(len, found)) == 250
+    assert sorted(sample(iter(["ab"] * 3), 100)) == ["ab"] * 3
+
+
+def test_lines_end_where_json_ends_them(tmp_path: Path) -> None:
+    text = "one\u2028two\x85three " * 40
+    lines = [json.dumps({"text": text}, ensure_ascii=False)] * 2
+    (tmp_path / "a.jsonl").write_text("\r\n".join(lines), "utf-8")
+    assert [found for _, found in documents([tmp_path / "a.jsonl"])] == [text] * 2

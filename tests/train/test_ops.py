@@ -1,5 +1,7 @@
 """The training ops: what kernels/torch gives, and exact slopes of each part."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from overleap.train import ops as parts
 from overleap.train.attend import Tiles, attend, choose
 from overleap.train.ops import TrainingOps, balanced
 from overleap.train.passes import packed
+from overleap.train.recipe import Stage
 from tests.train.small import lively_weights, pass_of, random_row, relative, small_config
 
 DOUBLE = {"dtype": torch.float64}
@@ -235,3 +238,14 @@ def test_what_was_seen_is_handed_over_once(seed: int) -> None:
     assert len(seen.attention) == len(taps) == 2 and len(seen.routing) == 2
     assert not work.ops.take().attention
     assert sum(isinstance(m, Indexer) for m in work.model.modules()) == 2
+
+
+def test_a_pass_with_nothing_to_learn_has_finite_losses(seed: int) -> None:
+    """A conversation whose row is all the user's, say; the draft block's loss too."""
+    config = small_config()
+    work = pass_of(config, lively_weights(config, seed), torch.float32)
+    row = replace(random_row([256], seed), learn=[False] * 256)
+    total, record, _ = work.losses(Stage(1, 256, 1, (), mtp=0.3), [row], str(seed))
+    total.backward()
+    assert record["mtp"] == record["language"] == 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in work.model.parameters())
