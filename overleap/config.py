@@ -136,7 +136,7 @@ class ModelConfig:
             raise ConfigError(
                 f"{path} does not exist", "a checkpoint folder holds config.json and *.safetensors"
             ) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from None
         if not isinstance(raw, dict):
             raise ConfigError(f"{path} holds {type(raw).__name__}, not an object")
@@ -210,7 +210,8 @@ def _fields_from(raw: dict[str, Any], source: str) -> dict[str, Any]:
         raise ConfigError(
             f"{source} has a DSpark drafter ({raw.get('dspark_block_size')} tokens a block), "
             "which is not supported yet",
-            "remove the dspark_* keys and the last two compress_ratios to run without a drafter",
+            "to run without a drafter: remove the dspark_* keys, set num_nextn_predict_layers to 0 "
+            "and keep the first num_hidden_layers of compress_ratios",
         )
     for key, value in _FIXED.items():
         if key in raw and raw[key] != value:
@@ -227,10 +228,9 @@ def _fields_from(raw: dict[str, Any], source: str) -> dict[str, Any]:
         )
     values = {key: value for key, value in raw.items() if key in known}
     if "compress_ratios" in values:
-        if not isinstance(values["compress_ratios"], list):
-            raise ConfigError(
-                f"{source}: compress_ratios is {values['compress_ratios']!r}, no list"
-            )
+        ratios = values["compress_ratios"]
+        if not isinstance(ratios, list) or any(type(ratio) is not int for ratio in ratios):
+            raise ConfigError(f"{source}: compress_ratios is {ratios!r}, no list of numbers")
         values["compress_ratios"] = tuple(values["compress_ratios"])
     if values.get("rope_scaling") is not None:
         values["rope_scaling"] = _yarn(values["rope_scaling"], source)
@@ -268,6 +268,10 @@ def _yarn(raw: Any, source: str) -> Yarn:
     if set(rest) - allowed:
         names = ", ".join(sorted(set(rest) - allowed))
         raise ConfigError(f"{source}: rope_scaling has unknown {names}")
+    for key, value in rest.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and math.isfinite(value) and value > 0):
+            raise ConfigError(f"{source}: rope_scaling {key} is {value!r}, no number above zero")
     try:
         return Yarn(**rest)
     except TypeError:

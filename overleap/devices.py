@@ -104,7 +104,10 @@ def present(kind: Kind) -> bool:
     if kind.package is not None:
         if find_spec(kind.package) is None:
             return False
-        importlib.import_module(kind.package)
+        try:
+            importlib.import_module(kind.package)
+        except (ImportError, OSError, RuntimeError):  # its driver is not there, or not set up
+            return False
     if kind.type == "cuda" and (kind.name == "rocm") != (torch.version.hip is not None):
         return False
     module = torch.get_device_module(kind.type)

@@ -193,6 +193,22 @@ def test_duplicates_of_embedding_and_head_are_skipped(tiny: Path) -> None:
     assert set(dict(load(tiny).named_parameters())) == set(tensors)
 
 
+def test_drafting_stages_that_the_config_leaves_out_are_skipped(tiny: Path, seed: int) -> None:
+    """As the hints say: without a drafter, whatever its tensors are."""
+    file, config = tiny / "model.safetensors", tiny / "config.json"
+    tensors = load_file(file)
+    rewrite(file, tensors | {"mtp.1.norm.weight": torch.zeros(4), "mtp.2.w": torch.zeros(4)})
+    (tiny / manifest.MANIFEST).unlink()
+    with pytest.raises(Damaged, match=r"mtp\.1\.norm\.weight: is not part"):
+        load(tiny)
+    raw = json.loads(config.read_text())
+    raw["num_nextn_predict_layers"] = 0
+    raw["compress_ratios"] = raw["compress_ratios"][: raw["num_hidden_layers"]]
+    config.write_text(json.dumps(raw))
+    found = set(dict(load(tiny).named_parameters()))
+    assert found == {name for name in tensors if not name.startswith("mtp.")}
+
+
 def test_int64_tables_are_accepted(tiny: Path) -> None:
     file = tiny / "model.safetensors"
     tensors = load_file(file)
@@ -319,7 +335,7 @@ def test_resident_bytes_of_a_release() -> None:
     """Packed bytes as stored, the 3.2 GB of plain weights doubled by float32 (facts, section 2)."""
     table = tensor_table(ModelConfig.preset("v4-flash"))
     stored = hub.resident_bytes(table, plain=2)
-    assert stored < hub.resident_bytes(table) < stored + 3.3e9
+    assert stored < hub.resident_bytes(table, plain=4) < stored + 3.3e9
 
 
 def test_show(seed: int, tmp_path: Path) -> None:
@@ -361,6 +377,39 @@ def test_large_checkpoints_are_read_when_asked(
     assert open_checkpoint(tiny, cache=cache, verify=True)[1] is Verified.FULL
     write_manifest(tiny)
     assert open_checkpoint(tiny, cache=cache)[1] is Verified.REMEMBERED
+
+
+def test_damage_of_a_large_checkpoint_is_not_converted(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new manifest would vouch for it."""
+    monkeypatch.setattr(manifest, "FULL_CHECK_BYTES", 0)
+    monkeypatch.setattr(manifest.platformdirs, "user_cache_dir", lambda *_: str(tmp_path / "c"))
+    convert(tiny, tmp_path / "sound", "f32")
+    path = tiny / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(Damaged):
+        convert(tiny, tmp_path / "other", "f32")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_folder_is_filled_where_a_link_leads(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "large").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "large")
+    convert(tiny, tmp_path / "link", "f32")
+    assert (tmp_path / "large" / "config.json").exists() and (tmp_path / "link").is_symlink()
+
+
+def test_a_mounted_disk_is_refused_before_hours_of_work(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "disk")
+    with pytest.raises(CheckpointError, match="where a disk is mounted"):
+        convert(tiny, tmp_path / "disk", "f32")
+    convert(tiny, tmp_path / "disk" / "model", "f32")
 
 
 def test_verify_needs_a_manifest_when_asked(tiny: Path, tmp_path: Path) -> None:

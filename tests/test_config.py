@@ -60,6 +60,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rms_norm_eps": 0}, "rms_norm_eps is 0.0, it must be above zero"),
     ({"rope_theta": float("inf")}, "rope_theta is inf"),
     ({"compress_ratios": 4}, "compress_ratios is 4, no list"),
+    ({"compress_ratios": [[0], 4]}, "compress_ratios is [[0], 4], no list of numbers"),
+    ({"rope_scaling": {"type": "yarn", "factor": "16"}}, "rope_scaling factor is '16'"),
+    (
+        {"rope_scaling": {"type": "yarn", "factor": 0, "original_max_position_embeddings": 9}},
+        "factor is 0, no number above zero",
+    ),
     ({"index_topk": 0}, "index_topk is 0, it must be at least 1"),
     ({"compress_ratios": [0, 4]}, "has 2 entries, 43 layers and 1 MTP layers need 44"),
     ({"compress_ratios": [0, 0] + [4, 8] * 20 + [4, 0]}, "compress_ratios holds 8"),

@@ -104,6 +104,17 @@ def test_a_vendor_package_is_imported_when_asked_for(npu: None) -> None:
         sys.modules.pop("torch_npu", None)
 
 
+def test_a_vendor_package_that_does_not_import_is_no_device(
+    npu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Installed, and its driver's libraries not found: as if it were not there."""
+    monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
+    (tmp_path / "torch_npu.py").write_text("raise ImportError('libhccl.so: cannot open')")
+    assert "npu" not in [kind.name for kind in devices.accelerators()]
+    with pytest.raises(BackendError, match="was not found by torch"):
+        devices.find("npu")
+
+
 def test_a_name_that_nothing_has() -> None:
     with pytest.raises(BackendError, match="no device is called 'gpu'") as refused:
         devices.find("gpu")

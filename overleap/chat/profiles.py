@@ -212,6 +212,8 @@ def _by_config(config: Mapping[str, Any]) -> Profile | None:
     size = {4096: "flash", 7168: "pro"}.get(config.get("hidden_size", 0))
     if size is None:
         return None
+    if config.get("expert_dtype") == "fp8":
+        return replace(profiles()[f"v4-{size}-base"], chosen_by="experts in FP8, as a base model's")
     dspark = any(key.startswith("dspark_") for key in config)
     why = f"hidden_size {config['hidden_size']} {'and' if dspark else 'without'} dspark_* keys"
     return replace(_chat_profile(size, "three-tier" if dspark else "preview"), chosen_by=why)

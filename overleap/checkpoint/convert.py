@@ -13,7 +13,7 @@ from overleap.cache import layout
 from overleap.cache.layout import CacheFormat
 from overleap.checkpoint.files import DTYPES, Progress, staged
 from overleap.checkpoint.folder import GIB, Checkpoint, Kind, write_config, write_tensors
-from overleap.checkpoint.load import open_checkpoint
+from overleap.checkpoint.load import Verified, open_checkpoint
 from overleap.checkpoint.manifest import MANIFEST, write_manifest
 from overleap.checkpoint.table import FP4, FP8, Role, TensorSpec, tensor_table
 from overleap.config import FP8_QUANTIZATION, LayerKind, ModelConfig
@@ -53,7 +53,9 @@ def convert(
     """
     if form not in FORMS:
         raise CheckpointError(f"no form is called {form!r}", f"forms are {', '.join(FORMS)}")
-    checkpoint, _ = open_checkpoint(source)
+    checkpoint, verified = open_checkpoint(source)
+    if verified is Verified.HEADERS:  # a large one: the new manifest is to vouch for its bytes
+        open_checkpoint(checkpoint.folder, verify=True)
     config = checkpoint.config.with_(**FORMS[form])
     table = tensor_table(config)
     announced = {name: _kind(spec, config) for name, spec in table.items()}

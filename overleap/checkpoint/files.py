@@ -7,6 +7,7 @@ library accepts damage that this reader refuses, and cannot write a file tensor 
 import json
 import mmap
 import os
+import secrets
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -186,12 +187,17 @@ def staged(folder: Path) -> Iterator[Path]:
 
     Nobody ever sees a folder half written. Raises CheckpointError if something is there already.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(
             f"{folder} exists and is not an empty folder", "name a new folder, or remove this one"
         )
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    if os.path.ismount(folder):
+        raise CheckpointError(
+            f"{folder} is a place where a disk is mounted", "name a new folder inside it"
+        )
+    # Its own name: processes in two containers may have the same number.
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
     try:
         partial.mkdir(parents=True)
         yield partial

@@ -29,7 +29,6 @@ from overleap.checkpoint.table import (
     Found,
     Problem,
     check,
-    is_duplicate,
     tensor_table,
 )
 from overleap.config import ModelConfig
@@ -67,7 +66,7 @@ class Checkpoint:
     def read_order(self) -> Iterator[str]:
         """Names of the model's tensors, file by file in the order of their bytes."""
         for shard in self.shards.values():
-            yield from (name for name in shard.header.tensors if not is_duplicate(name))
+            yield from (name for name in shard.header.tensors if name in self.table)
 
 
 def read_headers(folder: Path) -> list[Header]:

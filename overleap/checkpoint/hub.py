@@ -18,14 +18,16 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from overleap.checkpoint.folder import read_headers
 from overleap.checkpoint.table import FP4, FP8, Role, TensorSpec, tensor_table
 from overleap.config import ModelConfig
-from overleap.errors import CapacityError, CheckpointError
+from overleap.errors import CapacityError, CheckpointError, OverleapError
 from overleap.machine import size
 
 BUNDLED = ("mini", "bundled")
 _PACKAGE = Path(__file__).parents[1]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-# What is fetched: weights, settings, tokenizer. Never code, pickles or other folders.
-_WANTED = ["*.safetensors", "*.json", "tokenizer*"]
+# What is fetched: weights, settings, tokenizer, and the texts that a manifest names. Never code,
+# pickles or other folders.
+_WANTED = ["*.safetensors", "*.json", "tokenizer*", "LICENSE*"]
+_WANTED += ["*.md", "*.txt", "*.toml", "*.jinja", "*.model"]
 _UNWANTED = ["*/*", "*.py", "*.bin", "*.pt", "*.pth", "*.pkl"]
 
 
@@ -35,7 +37,7 @@ class Preflight:
 
     download   of files that are not in the cache yet; the disk needs as much
     total      of all files
-    ram        of the weights once loaded on a CPU: packed as stored, plain ones in float32
+    ram        of the weights once loaded on a CPU, as they are stored
     disk_free  where the hub's cache is
     """
 
@@ -70,7 +72,7 @@ def locate(path: str | Path, announce: Callable[[Preflight], None] | None = None
                 "the released package carries it",
             )
         return folder
-    if path != "" and Path(path).is_dir():
+    if path != "" and is_folder(Path(path)):
         return Path(path)
     if isinstance(path, Path) or not _HUB_ID.fullmatch(path):
         raise CheckpointError(
@@ -78,6 +80,14 @@ def locate(path: str | Path, announce: Callable[[Preflight], None] | None = None
             "give a folder with config.json, `mini` for the bundled model, or a hub id org/name",
         )
     return fetch(path, announce or _tell)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is one that may be looked into. Raises CheckpointError where that is not known."""
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be looked at: {error.strerror}") from None
 
 
 def fetch(hub_id: str, announce: Callable[[Preflight], None]) -> Path:
@@ -105,7 +115,7 @@ def fetch(hub_id: str, announce: Callable[[Preflight], None]) -> Path:
                 ignore_patterns=_UNWANTED,
             )
         )
-    except (OSError, HFValidationError) as error:
+    except Exception as error:  # of the library, and of those that it stands on
         raise _unreachable(hub_id, error) from None
 
 
@@ -123,8 +133,11 @@ def preflight(hub_id: str) -> Preflight:
             raise CheckpointError(f"{hub_id} has no config.json with *.safetensors beside it")
         revision = infos[0].commit_hash
         config_file = huggingface_hub.hf_hub_download(hub_id, "config.json", revision=revision)
-    except (OSError, HFValidationError) as error:
+    except OverleapError:
+        raise
+    except Exception as error:
         raise _unreachable(hub_id, error) from None
+    config = ModelConfig.from_checkpoint(Path(config_file).parent)
     cache = Path(huggingface_hub.constants.HF_HUB_CACHE).expanduser()
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
     return Preflight(
@@ -133,16 +146,16 @@ def preflight(hub_id: str) -> Preflight:
         len(infos),
         sum(info.file_size or 0 for info in infos if info.will_download),
         sum(info.file_size or 0 for info in infos),
-        resident_bytes(tensor_table(ModelConfig.from_checkpoint(Path(config_file).parent))),
+        resident_bytes(tensor_table(config), 4 if config.torch_dtype == "float32" else 2),
         shutil.disk_usage(existing).free,
         cache,
     )
 
 
-def resident_bytes(table: dict[str, TensorSpec], plain: int = 4) -> int:
+def resident_bytes(table: dict[str, TensorSpec], plain: int) -> int:
     """Memory that load() needs for the weights.
 
-    plain  bytes of a plain weight once loaded (4: float32); packed ones stay as stored
+    plain  bytes of a plain weight (4: float32, 2: bf16); packed ones stay as stored
     """
     total = 0
     for spec in table.values():
@@ -159,7 +172,7 @@ def _cached(hub_id: str) -> Path | None:
             hub_id, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, local_files_only=True
         )
         read_headers(Path(folder))
-    except (LocalEntryNotFoundError, CheckpointError):
+    except (LocalEntryNotFoundError, HFValidationError, CheckpointError):
         return None
     return Path(folder)
 

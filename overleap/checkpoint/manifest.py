@@ -74,7 +74,10 @@ def write_manifest(folder: str | Path, progress: Progress | None = None) -> Path
     body: dict[str, Any] = {"format": FORMAT, "algorithm": "blake3", "files": entries}
     body["digest"] = _digest_of(body)
     path = folder / MANIFEST
-    write_atomically(path, (json.dumps(body, indent=1) + "\n").encode())
+    try:
+        write_atomically(path, (json.dumps(body, indent=1) + "\n").encode())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror}") from None
     return path
 
 

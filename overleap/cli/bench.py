@@ -73,7 +73,9 @@ def bench(
         float | None,
         typer.Option(help="Stop a reading of --versus that takes so many times as long as ours."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's choice else.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads; torch's choice else.", min=1)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the text, and of random weights.")] = 0,
     results: Results = Path("results"),
     save: Save = True,

@@ -41,7 +41,7 @@ app.add_typer(plans, name="plan")
 Chips = Annotated[
     list[str] | None, typer.Option("--chip", help="A chip of `overleap plan chips`; repeated.")
 ]
-Prices = Annotated[float | None, typer.Option(help="USD for one chip, else its list price.")]
+Prices = Annotated[float | None, typer.Option(help="USD for one chip, else its list price.", min=0)]
 
 
 @plans.command()

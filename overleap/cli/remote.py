@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -31,8 +32,12 @@ class Remote:
     key: str = ""
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(self.url)
+            known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # a port that is no number, half an IPv6 address
+            known = False
+        if not known:
             raise RequestError(
                 f"--url is {self.url!r}", "it is an address like http://127.0.0.1:8000"
             )
@@ -59,8 +64,9 @@ class Remote:
         asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
         with self._open("/chat/completions", asked) as response:
             for event in _events(response):
-                if "error" in event:
-                    raise RequestError(f"the server broke off: {event['error'].get('message')}")
+                if error := event.get("error"):
+                    said = error.get("message") if isinstance(error, dict) else error
+                    raise RequestError(f"the server broke off: {said}")
                 usage = event.get("usage") or usage
                 for choice in event.get("choices", ()):
                     delta = choice["delta"]
@@ -91,7 +97,7 @@ class Remote:
         except urllib.error.HTTPError as error:
             with error:
                 raise RequestError(_refusal(error)) from None
-        except OSError as error:  # of which URLError is one
+        except (OSError, HTTPException) as error:  # of which URLError is one
             reason = getattr(error, "reason", error)
             raise RequestError(f"{self.url} does not answer: {reason}") from None
 
@@ -111,13 +117,18 @@ def _read(response: Any) -> Any:
 
 
 def _events(response: Any) -> Iterator[dict[str, Any]]:
-    """The data of server-sent events, up to [DONE]."""
+    """The data of server-sent events, up to [DONE]. Raises RequestError where that never comes."""
     try:
         for line in response:
-            if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
-                yield json.loads(line[6:])
-    except (OSError, ValueError) as error:
-        raise RequestError(f"the server broke off: {error}") from None
+            if not line.startswith(b"data:"):
+                continue
+            data = line[5:].strip()
+            if data == b"[DONE]":
+                return
+            yield json.loads(data)
+    except (OSError, ValueError, HTTPException) as error:
+        raise RequestError(f"the server broke off: {error!r}") from None
+    raise RequestError("the server broke off: the answer ended before its end")
 
 
 def _account(usage: Mapping[str, Any] | None, began: float, first: float | None) -> None:

@@ -6,6 +6,7 @@ cache/layout.py). Read next: session.py (the model, once it is known to fit).
 
 from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,9 @@ def _folder(name: str) -> Path:
     here = Path(name)
     if name == "mini":
         here = Path(__file__).parents[1] / "bundled" / "mini"
-    if name and here.is_dir():
-        return here
+    with suppress(OSError):  # locate says what is wrong with it
+        if name and here.is_dir():
+            return here
     from overleap.checkpoint import locate
 
     return locate(name)
@@ -219,7 +221,7 @@ class Room:
         """As `expect`, for a text whose tokens nobody has counted, and only as far as needed."""
         try:
             return self.expect(
-                front, len(text.encode()) + answer_tokens
+                front, len(text.encode("utf-8", "replace")) + answer_tokens
             )  # a token is a byte or more
         except OverleapError:
             pass

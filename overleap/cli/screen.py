@@ -18,23 +18,19 @@ from rich.text import Text
 from overleap.errors import OverleapError
 from overleap.machine import size
 
-talk = Console(stderr=True, highlight=False)
+talk = Console(stderr=True, highlight=False, emoji=False)
 
 
 def note(text: str) -> None:
     """A quiet line of talk on stderr."""
-    talk.print(_plain(text), style="dim", soft_wrap=True)
+    talk.print(text, style="dim", soft_wrap=True, markup=False)
 
 
 def show_error(error: OverleapError) -> None:
     """One sentence, and a hint where there is one."""
-    talk.print(f"[bold red]error:[/] {_plain(error.message)}", soft_wrap=True)
+    talk.print(Text.assemble(("error:", "bold red"), f" {error.message}"), soft_wrap=True)
     if error.hint is not None:
-        talk.print(f"[bold]hint:[/] {_plain(error.hint)}", soft_wrap=True)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")
+        talk.print(Text.assemble(("hint:", "bold"), f" {error.hint}"), soft_wrap=True)
 
 
 def put_json(value: Any) -> None:
@@ -53,12 +49,12 @@ class Shown:
 
 def put_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A table on stdout."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for column in columns:
         table.add_column(column)
     for row in rows:
-        table.add_row(*(_plain(str(cell)) for cell in row))
-    Console(highlight=False).print(table)
+        table.add_row(*(Text(str(cell)) for cell in row))
+    Console(highlight=False, emoji=False).print(table)
 
 
 class _Rate(ProgressColumn):

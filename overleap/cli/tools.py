@@ -53,6 +53,8 @@ def logits(
         tokens = json.loads(text_of(str(ids)))
     except json.JSONDecodeError as error:
         raise RequestError(f"{ids} is not JSON: {error}") from None
+    if not out.absolute().parent.is_dir() or out.is_dir():
+        raise RequestError(f"{out} cannot be written: no file can be there")
     loaded = load(locate(model), wide=cache_format_of(cache) == "wide")
     with screen.bar("reading", "tokens") as bar:
         write_logits(out, all_logits(loaded, tokens, cache_format_of(cache), chunk, bar))
@@ -88,7 +90,9 @@ def conform(
     timed: Annotated[
         bool, typer.Option("--timed", help="Also measure, against this machine's own ceilings.")
     ] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's choice else.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads; torch's choice else.", min=1)
+    ] = None,
     record: Annotated[
         Path | None, typer.Option(help="Add what was found to conform.jsonl in this folder.")
     ] = None,

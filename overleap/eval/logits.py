@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -47,5 +48,5 @@ def write_logits(path: Path, logits: Tensor) -> None:
     """One safetensors file with the tensor `logits`."""
     try:
         save_file({"logits": logits}, str(path))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise RequestError(f"{path} cannot be written: {error}") from None

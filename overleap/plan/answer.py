@@ -187,12 +187,13 @@ def _plan(load: Load, machine: Machine, split: Split, money: Money) -> Plan:
         return Plan(load, machine, split, found, have, None, context, users, None, None, None)
     first = prefill_time(load, chip, split, store, found.chunk)
     step = decode_time(load, chip, split, store)
-    prices = _money(load, machine, split, money, first, step)
+    full = prefill_time(load, chip, split, store, found.chunk, split.groups)
+    prices = _money(load, machine, split, money, full, step)
     return Plan(load, machine, split, found, have, store, context, users, first, step, prices)
 
 
 def _money(
-    load: Load, machine: Machine, split: Split, money: Money, first: Time, step: Time
+    load: Load, machine: Machine, split: Split, money: Money, full: Time, step: Time
 ) -> Prices:
     chip = machine.chip
     hour = hourly(chip.price_usd, chip.power_w, machine.count, money)
@@ -203,7 +204,7 @@ def _money(
 
     return Prices(
         hit=per_million(hour, kept / machine.disk_rate, money),
-        miss=price(first.seconds, load.context * split.groups),  # every group reads a prompt
+        miss=price(full.seconds, load.context * split.groups),  # every group reads a prompt
         output=price(step.seconds, load.users),
     )
 

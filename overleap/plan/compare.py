@@ -11,6 +11,7 @@ from typing import Any
 from overleap.cache import layout
 from overleap.cache.layout import CacheFormat
 from overleap.config import CSA_RATIO, HCA_RATIO, LayerKind, ModelConfig
+from overleap.errors import ConfigError
 from overleap.plan.flops import Flops, Previous, Rules, token_flops
 
 MILLION = 10**6  # the report's `1M` fits its FLOP labels as 10^6, not as 2^20
@@ -101,6 +102,12 @@ def _at(context: int, assumed: Assumptions) -> list[Row]:
         counted = own.counted(rules)
         held = cache_bytes(config, context, assumed)
         gqa = GQA_BYTES * config.num_hidden_layers * context
+        if not (counted and first and held and kept):
+            raise ConfigError(
+                f"at {context} tokens there is nothing to compare: {counted:.0f} operations and "
+                f"{held} bytes of cache are counted",
+                "a longer context, or count windows and every kind of operation",
+            )
         rows.append(
             Row(
                 name,

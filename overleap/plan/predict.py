@@ -84,16 +84,18 @@ def decode_time(load: Load, chip: Chip, split: Split, store: Store) -> Time:
     return _time(load, chip, split, store, counted, (users, load.users), 1, cache)
 
 
-def prefill_time(load: Load, chip: Chip, split: Split, store: Store, chunk: int) -> Time:
-    """Reading one user's whole context alone, chunk by chunk: until the first token."""
+def prefill_time(
+    load: Load, chip: Chip, split: Split, store: Store, chunk: int, texts: int = 1
+) -> Time:
+    """Reading whole contexts chunk by chunk, one in each of `texts` groups at the same time."""
     tokens = load.context
     steps = -(-tokens // chunk)
     read = read_flops(load.config, 0, tokens)
-    counted = _per_chip(load.config, read, read, 1, split)
+    counted = _per_chip(load.config, read, _times(read, texts), 1, split)
     each = min(chunk, tokens)
     # A chunk reads at least what one query reads; on average half of what the last one does.
     cache = steps * step_cache_bytes(load, tokens) / 2
-    return _time(load, chip, split, store, counted, (each, each), steps, cache)
+    return _time(load, chip, split, store, counted, (each, each * texts), steps, cache)
 
 
 def step_cache_bytes(load: Load, context: int) -> float:

@@ -120,6 +120,8 @@ def test_other_names_fall_to_the_documented_default(name: str) -> None:
         ({"hidden_size": 7168, "dspark_block_size": 5}, "v4-pro-0813"),
         ({"hidden_size": 512, "vocab_size": 129280}, "v4-flash"),
         ({"hidden_size": 4096, "vocab_size": 6000}, "mini"),
+        ({"hidden_size": 4096, "expert_dtype": "fp8"}, "v4-flash-base"),
+        ({"hidden_size": 7168, "expert_dtype": "fp8"}, "v4-pro-base"),
     ],
 )
 def test_configs(config: dict[str, Any], expected: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from overleap.checkpoint import locate
-from overleap.cli import app
+from overleap.cli import app, screen
 from overleap.cli.demo import demo
 from overleap.config import ModelConfig
 from overleap.errors import OverleapError
@@ -199,3 +199,32 @@ def test_examples_run(path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert len(path.read_text("utf-8").splitlines()) < 40
+
+
+def test_what_is_shown_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets, backslashes and colons are text: no markup, no pictures."""
+    strange = r"\[/x] [b]d[/b] [:b:] \[a-z]+"
+    screen.put_table(strange, ("cell",), [(strange,)])
+    shown = capsys.readouterr().out
+    assert shown.count(strange) == 2
+    screen.show_error(OverleapError(strange, strange))
+    screen.note(strange)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("models", "verify", "{}", "--write-manifest"), "does not exist"),
+        (("logits", "mini", "{}/ids.json", "{}/none/out.safetensors"), "cannot be written"),
+        (("logits", "mini", "{}/ids.json", "{}"), "cannot be written"),
+        (("plan", "compare", "--context", "1", "--no-windows"), "nothing to compare"),
+        (("eval", "tasks", "mini", "--kind", "values", "--size", "21"), "20 are the most"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    arguments: tuple[str, ...], sentence: str, tmp_path: Path
+) -> None:
+    (tmp_path / "ids.json").write_text("[5, 6]", "utf-8")
+    with pytest.raises(OverleapError, match=sentence):
+        run(*(one.format(tmp_path) for one in arguments))
+    assert [path.name for path in tmp_path.iterdir()] == ["ids.json"]

@@ -1,8 +1,11 @@
 """`overleap chat --url` against a whole server: what it shows, remembers and refuses."""
 
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -55,13 +58,63 @@ def test_refusals_are_told_and_the_conversation_goes_on(server: Live) -> None:
 
 
 def test_addresses_that_are_none(tmp_path: Path) -> None:
-    for url in ("ftp://127.0.0.1", "file:///etc/passwd", "localhost:8000", "http://"):
+    for url in ("ftp://127.0.0.1", "file:///etc/passwd", "localhost:8000", "http://",
+                "http://127.0.0.1:80a", "http://[::1"):  # fmt: skip
         with pytest.raises(RequestError, match="--url is"):
             talk("--url", url)
     with pytest.raises(RequestError, match="does not answer"):
         talk("--url", "http://127.0.0.1:9")  # discard: nobody listens
     with pytest.raises(RequestError, match="--cache-dir is for a model on this machine"):
         talk("--url", "http://127.0.0.1:9", "--cache-dir", str(tmp_path))
+
+
+@contextmanager
+def speaking(raw: bytes) -> Iterator[str]:
+    """The address of something that answers every connection with these bytes."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def run() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    with connection:
+                        connection.recv(65536)
+                        connection.sendall(raw)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+HI = b'data:{"choices": [{"delta": {"content": "hi"}}]}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("raw", "sentence"),
+    [
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "does not answer"),
+        (HEAD + HI, "the answer ended before its end"),
+        (HEAD.replace(b"200 OK", b"200 OK\r\nContent-Length: 9999") + HI, "broke off"),
+        (HEAD + b'data: {"error": "boom"}\n\n', "broke off: boom"),
+        (HEAD + b'data: {"error": {"message": "full"}}\n\n', "broke off: full"),
+    ],
+)
+def test_what_is_no_whole_answer_is_told(raw: bytes, sentence: str) -> None:
+    with speaking(raw) as url:
+        result = talk("--url", url, "--model", "any", text="one\n\n")
+    assert result.exit_code == 0 and sentence in result.stderr
+
+
+def test_a_stream_without_blanks_and_with_empty_errors_is_read() -> None:
+    end = b'data:{"error": null, "choices": []}\n\ndata: [DONE]\n\n'
+    with speaking(HEAD + HI + end) as url:
+        result = talk("--url", url, "--model", "any", text="one\n\n")
+    assert result.stdout == "hi\n" and "broke off" not in result.stderr
 
 
 def test_no_torch_is_loaded(server: Live) -> None:

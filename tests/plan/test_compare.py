@@ -3,6 +3,7 @@
 import pytest
 
 from overleap.config import ModelConfig
+from overleap.errors import ConfigError
 from overleap.plan.compare import MILLION, Assumptions, Row, compare
 from overleap.plan.flops import RAW, Previous, Rules, read_flops, token_flops
 
@@ -117,6 +118,11 @@ def test_the_bf16_cache() -> None:
 
 def test_without_windows_the_95_label_is_missed() -> None:
     assert f"{1 / at(MILLION, Assumptions(windows=False))['V4-Pro'].cache_share:.3f}" == "9.554"
+
+
+def test_what_leaves_nothing_to_compare_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nothing to compare"):
+        compare([1], Assumptions(windows=False))
 
 
 def test_reading_is_the_sum_of_its_tokens() -> None:
