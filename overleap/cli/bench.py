@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from overleap.cli import screen
-from overleap.cli.app import CacheKind, Device, Json, app, cache_format_of
+from overleap.cli.app import CacheKind, Device, Json, Threads, app, cache_format_of
 from overleap.errors import RequestError
 from overleap.machine import peak_resident_bytes, size
 
@@ -73,9 +73,7 @@ def bench(
         float | None,
         typer.Option(help="Stop a reading of --versus that takes so many times as long as ours."),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads; torch's choice else.", min=1)
-    ] = None,
+    threads: Threads = None,
     seed: Annotated[int, typer.Option(help="Of the text, and of random weights.")] = 0,
     results: Results = Path("results"),
     save: Save = True,

@@ -65,12 +65,12 @@ def verify(
     from overleap.checkpoint import locate
     from overleap.checkpoint import verify as check
     from overleap.checkpoint import write_manifest as record
-    from overleap.checkpoint.load import open_checkpoint
+    from overleap.checkpoint.folder import Checkpoint
 
     folder = locate(model)
     with screen.bar("reading", "B") as bar:
         if write_manifest:
-            open_checkpoint(folder, verify=False)  # a folder that is none gets no manifest
+            Checkpoint(folder)  # a folder that is none gets no manifest
             record(folder, bar)
         report = check(folder, bar)
     if as_json:

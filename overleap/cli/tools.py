@@ -15,7 +15,7 @@ import typer
 
 from overleap import __version__
 from overleap.cli import screen
-from overleap.cli.app import CacheKind, Json, Seed, app, cache_format_of, text_of
+from overleap.cli.app import CacheKind, Json, Seed, Threads, app, cache_format_of, text_of
 from overleap.devices import KINDS
 from overleap.errors import RequestError
 
@@ -90,9 +90,7 @@ def conform(
     timed: Annotated[
         bool, typer.Option("--timed", help="Also measure, against this machine's own ceilings.")
     ] = False,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads; torch's choice else.", min=1)
-    ] = None,
+    threads: Threads = None,
     record: Annotated[
         Path | None, typer.Option(help="Add what was found to conform.jsonl in this folder.")
     ] = None,

@@ -37,6 +37,21 @@ class Weight:
         """True for FP8 and FP4 bytes."""
         return self.scale is not None
 
+    @property
+    def inputs(self) -> int:
+        """K, whatever a byte holds."""
+        return self.data.shape[1] * (2 if self.data.dtype is torch.int8 else 1)
+
+    def lies_as_said(self) -> bool:
+        """Whether native code may go over its bytes: no gaps, a scale of the right shape."""
+        if self.scale is None:
+            return self.data.is_contiguous()
+        rows, columns = self.data.shape[0], self.inputs
+        fp4 = self.data.dtype is torch.int8
+        shape = (rows, columns // 32) if fp4 else (-(-rows // 128), -(-columns // 128))
+        there = self.data.is_contiguous() and self.scale.is_contiguous()
+        return there and tuple(self.scale.shape) == shape
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -49,6 +64,11 @@ class Experts:
     @cached_property
     def addresses(self) -> Tensor:
         """i64 [E, 6]: where w1, its scale, w2, its scale, w3, its scale begin; 0 for no scale."""
+        inner, width = self.w1[0].data.shape[0], self.w1[0].inputs
+        for part, shape in ((self.w1, (inner, width)), (self.w3, (inner, width)),
+                            (self.w2, (width, inner))):  # fmt: skip
+            for w in part:
+                assert w.lies_as_said() and (w.data.shape[0], w.inputs) == shape, shape
         rows = [
             [part.data_ptr() for w in trio for part in (w.data, w.scale) if part is not None]
             if trio[0].packed
@@ -79,9 +99,16 @@ class Joint:
         return sum(weight.data.shape[0] for weight in self.weights)
 
     @cached_property
+    def inputs(self) -> int:
+        """Width of the input."""
+        (inputs,) = {weight.inputs for weight in self.weights}
+        return inputs
+
+    @cached_property
     def table(self) -> Tensor:
         """For native code, i64 [weights, 5]: address of the data, of the scale (0 for none), type
         of the elements (0 f32, 1 bf16, 2 e4m3, 3 e2m1), rows, whether the input is rounded."""
+        assert all(weight.lies_as_said() for weight in self.weights)
         types = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.int8: 3}
         rows = [
             (

@@ -121,6 +121,24 @@ def test_attention_does_not_depend_on_the_call(
                     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("ratio", [0, 128, 4], ids=["window", "all", "chosen"])
+@pytest.mark.parametrize("heads", [64, 97, 128])
+def test_heads_are_shared_by_any_number_of_threads(heads: int, ratio: int, seed: int) -> None:
+    """A step of one token: its heads go to all threads, also where they do not divide evenly."""
+    chooser, draw = random.Random(seed), Draw(seed, torch.device("cpu"))
+    spans = draw.spans((chooser.randrange(100, 3000), 1))
+    entries = draw.pool(KV_SHORT, ratio, spans) if ratio else None
+    fresh, ring = draw.rows(KV_SHORT, 1), draw.ring(KV_SHORT, 128, spans)
+    q, sink = draw.normal(1, heads, KV_SHORT.width, dtype=torch.bfloat16), draw.normal(heads)
+    chosen = torch.arange(24)[None] if ratio == 4 else None
+    found = []
+    for count in (1, 7, 14, 20, 21, chooser.randint(2, 64)):
+        with threads_set(count):
+            found.append(attend(q, fresh, ring, entries, chosen, ratio, sink, 0.1, 128, spans))
+    for out, log in found[1:]:
+        assert torch.equal(out, found[0][0]) and torch.equal(log, found[0][1])
+
+
 def test_naming_every_visible_entry_is_naming_none(isa: str, seed: int) -> None:
     draw = Draw(seed, torch.device("cpu"))
     spans = draw.spans((777, 9))

@@ -10,7 +10,7 @@ from torch import Tensor
 from overleap.errors import BackendError
 from overleap.kernels import select
 from overleap.kernels.conformance import conform
-from overleap.kernels.spec import Experts, Weight
+from overleap.kernels.spec import Experts, Joint, Weight
 from overleap.kernels.torch.quant import fp4_weight, fp8_weight
 from tests.kernels.native import cuts, isa, threads
 
@@ -110,6 +110,26 @@ def test_groups_are_products_of_their_own(isa: str, seed: int) -> None:
     for group in range(3):
         part = Weight(weight[40 * group : 40 * group + 40].bfloat16())
         assert ops.matmul(x[:, group], part, False).equal(together[:, group])
+
+
+def test_shapes_that_do_not_meet_are_refused() -> None:
+    """Native code reads addresses: nothing may reach it that reads beyond them."""
+    ops, x = select("cpu"), torch.randn(3, 64)
+    short = fp4_weight(torch.randn(40, 32))
+    with pytest.raises(AssertionError):
+        ops.matmul(x, short, False)
+    with pytest.raises(AssertionError):
+        ops.matmul(x, Weight(torch.randn(64, 40).t()), False)
+    with pytest.raises(AssertionError):
+        ops.project(x, (Joint((short,), True),))
+    w1, w2, w3 = (fp8_weight(torch.randn(64, 64)) for _ in range(3))
+    share = torch.ones(3, 1)
+    for expert in (1, -1):
+        ids = torch.full((3, 1), expert)
+        with pytest.raises(IndexError, match="an expert was chosen that is not there"):
+            ops.experts(x, ids, share, Experts((w1,), (w2,), (w3,)), 10.0, True)
+    with pytest.raises(AssertionError):
+        ops.experts(x, ids, share, Experts((w1,), (short,), (w3,)), 10.0, True)
 
 
 def test_gradients_are_refused() -> None:

@@ -197,6 +197,19 @@ def test_equal_experts_come_in_order(isa: str) -> None:
     assert ids.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
 
 
+def test_an_expert_whose_score_is_no_number_is_chosen(isa: str, seed: int) -> None:
+    """As in the definition: what is broken is seen, and not passed over."""
+    torch.manual_seed(seed)
+    x = torch.randn(5, 16)
+    for broken in (0, 4, 7):
+        gate = torch.randn(8, 16)
+        gate[broken] = torch.nan
+        ids, share = select("cpu").route(x, gate, None, None, 2, 1.0)
+        want, _ = select("torch").route(x, gate, None, None, 2, 1.0)
+        assert torch.equal(ids, want) and bool((ids[:, 0] == broken).all())
+        assert bool(share.isnan().all())
+
+
 def test_gradients_are_refused() -> None:
     x, ops = torch.randn(3, 64, requires_grad=True), select("cpu")
     tried = [

@@ -5,6 +5,7 @@ inputs (cases.py, sequences.py). Read next: exact.py (what must come out).
 """
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -35,17 +36,21 @@ KV_SCALES = (105, 106, 120, 127, 128, 200, 246)  # what a cache row can hold
 
 
 def matmul(draw: Draw, timed: bool) -> Iterator[Case]:
-    """One input at a time, so that every product of code and scale stands alone; NaN weights."""
+    """One input at a time, so that every product of code and scale stands alone; NaN weights.
+
+    Also a few of those inputs alone: kernels have ways of their own for few rows.
+    """
     for form, weight in (("fp8", _fp8_codes(draw)), ("fp4", _fp4_codes(draw))):
-        x = _one_hot(draw, weight)
-        for dtype in FLOATS:
+        every = _one_hot(draw, weight)
+        for x, dtype in product((every, every[:1], every[-4:]), FLOATS):
             for rounds in (False, True):
                 args = (x.to(dtype), weight, rounds)
                 want = exact.matmul(*args)
                 tiny = exact.weight_values(weight).abs() < NORMAL
                 lost = x.double().cpu() @ (tiny * exact.weight_values(weight).abs()).T
                 check = _close_or_nan(Exact(want.want, want.size, lost), dtype)
-                name = f"{form} every code, every scale{' rounded' * rounds}"
+                scales = "every scale" if x is every else f"{len(x)} inputs alone"
+                name = f"{form} every code, {scales}{' rounded' * rounds}"
                 yield Case("matmul", name, args, check, dtype)
     for form in ("fp8", "fp4"):
         weight = draw.weight(form, 129, 128)
@@ -220,7 +225,7 @@ def route(draw: Draw, timed: bool) -> Iterator[Case]:
 
 
 def experts(draw: Draw, timed: bool) -> Iterator[Case]:
-    """Down projections that hold every code; no tokens."""
+    """Down projections that hold every code; no tokens; scales that are NaN."""
     code = torch.arange(256)
     finite = torch.where((code & 127) == 127, 0, code)
     pairs = code[:32] % 16 + 16 * (15 - code[:32] % 16)
@@ -238,6 +243,16 @@ def experts(draw: Draw, timed: bool) -> Iterator[Case]:
             args = (x, ids, share, Experts((w1,), (w2,), (w3,)), 10.0, True)
             check = close(exact.experts(*args, RULES["experts"].float32), torch.float32)
             yield Case("experts", f"{form} every code, {tokens} tokens", args, check)
+        for part in range(3):
+            parts = [draw.weight(form, 128, 128) for _ in range(3)]
+            broken = parts[part].scale
+            assert broken is not None
+            broken.view(torch.uint8)[0, 0] = 255
+            w1, w2, w3 = parts
+            x, ids = draw.normal(3, 128), torch.zeros(3, 1, dtype=torch.int64, device=draw.device)
+            args = (x, ids, draw.normal(3, 1).abs(), Experts((w1,), (w2,), (w3,)), 10.0, True)
+            check = _close_or_nan(exact.experts(*args, RULES["experts"].float32), torch.float32)
+            yield Case("experts", f"{form} w{part + 1} with a scale that is NaN", args, check)
 
 
 def hc_pre(draw: Draw, timed: bool) -> Iterator[Case]:

@@ -359,7 +359,8 @@ def experts(
             low, scale_low = round_fp8((hidden.abs() - doubt * reach).clamp(min=0) * sign, 128)
             jump = (high - low).abs() + (scale_high != scale_low) * hidden.abs() / 8
             slack.index_add_(0, t, jump @ w.abs().T)
-            hidden, _ = round_fp8(hidden, 128)
+            broken = hidden.isnan()
+            hidden = round_fp8(hidden, 128)[0].masked_fill(broken, torch.nan)
         want.index_add_(0, t, hidden @ w.T)
         size.index_add_(0, t, reach @ w.abs().T)
     return Exact(want, size, slack if round_input else None)

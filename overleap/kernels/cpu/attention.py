@@ -35,6 +35,8 @@ def attention_inputs(
     tokens, columns = x.shape
     rank, width, packed = of_input[0].outputs, row.width, row.kind != "wide"
     assert of_input[1].outputs == width and of_latent[0].outputs == heads * width
+    assert all(part.inputs == columns for part in of_input)
+    assert all(part.inputs == rank for part in of_latent)
     assert position.dtype is torch.int64 and position.shape[0] == tokens and row.kind != "key"
     size = entry_bytes(width, row.rope, CacheFormat.RELEASE) if packed else width
     q_THK = torch.empty(tokens, heads, width, dtype=x.dtype)

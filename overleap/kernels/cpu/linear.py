@@ -49,7 +49,7 @@ def _product(
     x: Tensor, weight: Weight, groups: int, outputs: int, inputs: int, rounds: bool, out: Tensor
 ) -> None:
     x, data, scale = plain(x), weight.data, weight.scale
-    assert data.is_contiguous() and (scale is None or scale.is_contiguous())
+    assert weight.lies_as_said() and weight.inputs == inputs, (data.shape, inputs)
     _native.product(
         x.data_ptr(),
         FLOAT[x.dtype],
@@ -74,6 +74,7 @@ def project(
     x = plain(x)
     tokens, columns = x.shape
     out = made(x, parts)
+    assert all(part.inputs == columns for part in parts)
     _native.project(
         x.data_ptr(),
         FLOAT[x.dtype],
@@ -115,7 +116,7 @@ def project_back(o_TGI: Tensor, inner: Weight, outer: Joint) -> Tensor:
     o = plain(o_TGI)
     tokens, groups, inputs = o.shape
     data, scale = inner.data, inner.scale
-    assert data.is_contiguous() and (scale is None or scale.is_contiguous())
+    assert inner.lies_as_said() and inner.inputs == inputs and outer.inputs == data.shape[0]
     out = torch.empty(tokens, outer.outputs, dtype=torch.float32 if outer.wide else o.dtype)
     _native.project_back(
         o.data_ptr(),
@@ -170,6 +171,7 @@ def _mixture(
 ) -> Tensor:
     x, ids, weight = plain(x_TD), ids_TX.contiguous(), weight_TX.contiguous()
     assert ids.dtype is torch.int64 and weight.dtype is torch.float32
+    assert routed[0].w1[0].inputs == x.shape[1] and ids.shape == weight.shape
     out = torch.empty_like(x)
     _native.mixture(
         x.data_ptr(),

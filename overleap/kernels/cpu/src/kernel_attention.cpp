@@ -242,8 +242,9 @@ void share_block(const Attention& a, const Block& block) {
     std::vector<Sums>& part = room<X, E>().parts;
     const int64_t width = Tile<E>::padded(a.width), parts = parts_of(a, block);
     const int64_t wanted = (2 * a.threads + parts - 1) / parts;
-    const int64_t shares = std::max<int64_t>(1, std::min(wanted, block.heads / kLeastHeads));
-    const int64_t heads = (block.heads + shares - 1) / shares;
+    const int64_t most = std::max<int64_t>(1, std::min(wanted, block.heads / kLeastHeads));
+    const int64_t heads = (block.heads + most - 1) / most;
+    const int64_t shares = (block.heads + heads - 1) / heads;  // fewer, so that none is empty
     part.resize(std::min(parts, kWave) * shares);
     sums.start(block.queries(), width);
     for (int64_t low = 0; low < parts; low += kWave) {

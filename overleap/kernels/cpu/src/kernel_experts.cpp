@@ -2,6 +2,7 @@
 // A token's sum runs over its experts in order of their numbers, the shared ones last, whatever else is
 // in the call.
 #include <algorithm>
+#include <stdexcept>
 
 #include "inputs.h"
 
@@ -32,7 +33,11 @@ Plan plan(const Mixture& m) {
     Plan made;
     std::vector<int64_t> start(static_cast<size_t>(m.routed.count) + 1, 0);
     const int64_t pairs = m.tokens * m.chosen;
-    for (int64_t i = 0; i < pairs; i++) start[static_cast<size_t>(m.ids[i]) + 1]++;
+    for (int64_t i = 0; i < pairs; i++) {
+        if (m.ids[i] < 0 || m.ids[i] >= m.routed.count)
+            throw std::out_of_range("an expert was chosen that is not there");
+        start[static_cast<size_t>(m.ids[i]) + 1]++;
+    }
     for (int64_t e = 0; e < m.routed.count; e++) {
         int64_t count = start[static_cast<size_t>(e) + 1], first = start[static_cast<size_t>(e)];
         if (count) made.groups.push_back({m.routed.table + e, &m.routed, first, count});
@@ -58,7 +63,8 @@ Stored stored(uint64_t data, uint64_t scale, Form form, int64_t rows, int64_t co
 
 // silu(min(gate, limit)) * clamp(up, +-limit) * weight
 vf gated(vf gate, vf up, float limit, float weight) {
-    vf a = min(gate, all(limit)), b = max(min(up, all(limit)), all(-limit));
+    // A NaN stays one where it stands second.
+    vf a = min(all(limit), gate), b = max(all(-limit), min(all(limit), up));
     return a * sigmoid(a) * b * weight;
 }
 

@@ -77,12 +77,13 @@ vf affinity(vf x) {
 // The k best ranks, best first; of equal ones the smaller expert.
 void best(const Routing& r, const float* affinity, int64_t* ids) {
     auto rank = [&](int64_t e) { return r.bias ? affinity[e] + r.bias[e] : affinity[e]; };
+    auto better = [](float a, float b) { return a > b || (a != a && b == b); };  // a NaN is best
     int64_t size = 0;
     for (int64_t e = 0; e < r.experts; e++) {
         const float own = rank(e);
-        if (size == r.k && !(own > rank(ids[size - 1]))) continue;
+        if (size == r.k && !better(own, rank(ids[size - 1]))) continue;
         int64_t at = size < r.k ? size++ : r.k - 1;
-        for (; at && own > rank(ids[at - 1]); at--) ids[at] = ids[at - 1];
+        for (; at && better(own, rank(ids[at - 1])); at--) ids[at] = ids[at - 1];
         ids[at] = e;
     }
 }

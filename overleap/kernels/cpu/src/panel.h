@@ -54,7 +54,10 @@ static inline void round_group(float* x, int count) {
 
 // -- weights
 
-static inline float scaled(float value, uint8_t code) { return value * e8m0(code); }
+// The scale of code 0 is below the normal range, where some products here take it for 0.
+static inline float scaled(float value, uint8_t code) {
+    return code ? value * e8m0(code) : value * e8m0(1) * 0.5f;
+}
 
 // The plain way, for any scale and any end of a row.
 template <class E>

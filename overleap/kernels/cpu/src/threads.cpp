@@ -5,9 +5,10 @@
 #include <unistd.h>
 
 #include <atomic>
-#include <memory>
+#include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace overleap {
@@ -42,11 +43,19 @@ class Pool {
         // A worker that the system has put aside needs this core, if there is no other.
         for (int spin = 0; inside_.load(); spin++)
             spin < kSpins ? pause() : std::this_thread::yield();
+        if (failed_.exchange(false)) std::rethrow_exception(std::exchange(error_, nullptr));
     }
 
   private:
+    // What a task throws, the caller throws once nobody works any more: the first of several.
     void drain() {
-        for (int64_t i = next_.fetch_add(1); i < tasks_; i = next_.fetch_add(1)) body_(context_, i);
+        try {
+            for (int64_t i = next_.fetch_add(1); i < tasks_; i = next_.fetch_add(1))
+                body_(context_, i);
+        } catch (...) {
+            next_.store(tasks_);
+            if (!failed_.exchange(true)) error_ = std::current_exception();
+        }
     }
 
     void work(int number) {
@@ -70,7 +79,8 @@ class Pool {
     std::vector<std::thread> workers_;
     std::atomic<uint32_t> round_{0};
     std::atomic<int> inside_{0}, asleep_{0};
-    std::atomic<bool> open_{false};
+    std::atomic<bool> open_{false}, failed_{false};
+    std::exception_ptr error_;
     std::atomic<int64_t> next_{0};
     int64_t tasks_ = 0;
     int helpers_ = 0;
