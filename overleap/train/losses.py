@@ -5,6 +5,7 @@ gradient, so the indexer learns from the attention it serves; facts tell where t
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from overleap.model.hyper import collapse_head
 from overleap.model.transformer import Transformer
 from overleap.train.attend import Tiles
 from overleap.train.ops import Seen
+from overleap.train.shards import PAD_ID
 
 HIDDEN = -1e30
 HEAD_ROWS = 1024  # rows whose logits exist at once
@@ -25,16 +27,31 @@ HEAD_ROWS = 1024  # rows whose logits exist at once
 def token_losses(model: Transformer, x_TMD: Tensor, rows_N: Tensor, target_N: Tensor) -> Tensor:
     """Cross-entropy f32 [N] of the main model's logits at some packed rows.
 
-    x_TMD  streams after the last main layer. Many rows are done in parts, whose logits are made
-    again in the backward pass: [N, V] never exists whole.
+    x_TMD  streams after the last main layer
+    """
+
+    def hidden(x_NMD: Tensor) -> Tensor:
+        out: Tensor = model.norm(collapse_head(model, x_NMD, model.config, model.ops))
+        return out
+
+    return head_losses(model, hidden, x_TMD[rows_N], target_N)
+
+
+def head_losses(
+    model: Transformer, hidden: Callable[[Tensor], Tensor], x: Tensor, target_N: Tensor
+) -> Tensor:
+    """Cross-entropy f32 [N] of the shared head over hidden(x); 0 where the target is padding.
+
+    Many rows are done in parts, whose logits are made again in the backward pass: [N, V] never
+    exists whole.
     """
 
     def part(x: Tensor, target: Tensor) -> Tensor:
-        hidden = model.norm(collapse_head(model, x, model.config, model.ops))
-        return F.cross_entropy(model.head(hidden).float(), target, reduction="none")
+        logits = model.head(hidden(x)).float()
+        return F.cross_entropy(logits, target, ignore_index=PAD_ID, reduction="none")
 
-    pairs = zip(x_TMD[rows_N].split(HEAD_ROWS), target_N.split(HEAD_ROWS), strict=True)
-    if len(rows_N) <= HEAD_ROWS:
+    pairs = zip(x.split(HEAD_ROWS), target_N.split(HEAD_ROWS), strict=True)
+    if len(x) <= HEAD_ROWS:
         return torch.cat([part(x, target) for x, target in pairs])
     return torch.cat([checkpoint(part, x, target, use_reentrant=False) for x, target in pairs])
 

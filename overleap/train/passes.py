@@ -25,6 +25,7 @@ from overleap.config import LayerKind
 from overleap.kernels.spec import Spans
 from overleap.kernels.torch.quant import dequantize, fp4_weight, fp8_weight
 from overleap.model.block import Block
+from overleap.model.draft import MTPBlock
 from overleap.model.indexer import Indexer, IndexerTap
 from overleap.model.layers import Linear
 from overleap.model.transformer import Transformer
@@ -244,19 +245,21 @@ class Pass:
         after = F.pad(step.next_T[1:], (0, 1), value=PAD_ID)
         ends = torch.tensor(spans.offset[1:], device=self.device) - 1
         after[ends] = PAD_ID
-        ops = self.ops
+        block, layer = self.model.mtp[0], cache.layers[self.recipe.config.num_hidden_layers]
+        assert isinstance(block, MTPBlock)
 
-        def logits(x_TMD: Tensor) -> Tensor:
-            out, _ = self.model.draft(x_TMD, step.next_T, cache, spans, rows=rows)
-            wanted = after[rows]
-            total = F.cross_entropy(out, wanted, ignore_index=PAD_ID, reduction="sum")
-            return total / (wanted != PAD_ID).sum().clamp_min(1)
+        def hidden(x_TMD: Tensor) -> Tensor:
+            next_TD = self.model.embed(step.next_T)
+            out, _ = block.draft(x_TMD, next_TD, step.next_T, layer, spans)
+            return out[rows]
 
         if len(step.ids_T) > self.recipe.kept_tokens:
-            loss: Tensor = checkpoint(logits, streams, use_reentrant=False)
+            drafted: Tensor = checkpoint(hidden, streams, use_reentrant=False)
         else:
-            loss = logits(streams)
-        return loss, ops.take()
+            drafted = hidden(streams)
+        seen, wanted = self.ops.take(), after[rows]
+        nll = losses.head_losses(self.model, lambda x: x, drafted, wanted)
+        return nll.sum() / (wanted != PAD_ID).sum().clamp_min(1), seen
 
     def _room(self, counts: tuple[int, ...]) -> tuple[Cache, Spans]:
         """A cache of the right shape; the training ops write nothing into it."""

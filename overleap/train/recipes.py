@@ -68,7 +68,7 @@ def mini() -> Recipe:
             Stage(520, 4096, 2, mixed(0.6, 48), rate=0.5, mtp=0.3),
             Stage(15, 4096, 2, mixed(0.5, 48), indexer_only=True, rate=0.5),
             Stage(60, 16384, 1, mixed(0.6, 64), sparse=True, rate=0.5, mtp=0.1),
-            Stage(8, 65536, 1, mixed(0.6, 64), sparse=True, rounding=True, rate=0.5, mtp=0.1),
+            Stage(8, 32768, 1, mixed(0.6, 64), sparse=True, rounding=True, rate=0.5, mtp=0.1),
             Stage(120, 4096, 2, mixed(0.5, 48), sparse=True, rounding=True, rate=0.5, mtp=0.1),
         ),
         seed=1,
