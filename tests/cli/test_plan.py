@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from overleap.checkpoint import locate
 from overleap.cli import app
 from overleap.cli import plan as command
+from overleap.config import ModelConfig
 from overleap.errors import ConfigError, RequestError
 from overleap.plan import chips
 
@@ -164,6 +165,7 @@ def this_machines(folder: Path, model: str = "mini") -> None:
         where = {"cpu": machine.cpu_info().get("model name", ""), "cores": machine.cores()}
         settings = {"model": model, "backend": "auto", "threads": machine.cores()}
         settings |= {"cache": "release", "chunk_tokens": 512, "decode_steps": 16}
+        settings["config"] = json.dumps(ModelConfig.from_checkpoint(locate(model)).to_dict())
         facts = {"date": date, "machine": where, "settings": settings, "numbers": [row]}
         lines.append(json.dumps({"format": "overleap.record/1"} | facts) + "\n")
     (folder / "speed.jsonl").write_text("".join(lines))

@@ -136,16 +136,19 @@ def test_experts_stay_on_the_host_where_the_device_is_small(
         assert parameter.device.type == ("cpu" if is_routed(name) else pretend.NAME), name
     held = sum(p.nbytes for n, p in model.named_parameters() if not is_routed(n))
     assert held == sum(sizes.values()) - routed
-    ids = draw_ids(config, 150, torch.Generator().manual_seed(seed))
-    cache = room(config, 150, CacheFormat.WIDE, slots=1)
-    with torch.no_grad():
-        ours = feed(model, cache, start(cache, 150), ids, 37)
-        host = load(folder, dtype=torch.float32)
-        cache = Cache(config, pages=2, slots=1, format=CacheFormat.WIDE)
-        theirs = feed(host, cache, start(cache, 150), ids, 37)
+    generator = torch.Generator().manual_seed(seed)
+    host, found = load(folder, dtype=torch.float32), []
+    for _ in range(15):
+        ids = draw_ids(config, 12, generator)
+        cache = room(config, 12, CacheFormat.WIDE, slots=1)
+        with torch.no_grad():
+            ours = feed(model, cache, start(cache, 12), ids, 5)
+            cache = Cache(config, pages=1, slots=1, format=CacheFormat.WIDE)
+            theirs = feed(host, cache, start(cache, 12), ids, 5)
+        found.append((ours.cpu() - theirs).abs().amax(1) / theirs.abs().max())
     # A value within an ulp of the middle between two codes falls to either side now and then, and
-    # what follows differs by a code; most positions meet none.
-    by_position = (ours.cpu() - theirs).abs().amax(1) / theirs.abs().max()
+    # what follows in its text differs by a code; most texts of a few tokens meet none.
+    by_position = torch.cat(found)
     print(f"median {by_position.median():.1e}, largest {by_position.max():.1e}")
     assert by_position.median() <= 1e-4 and by_position.max() <= 0.3
     free[0] = 10**12
