@@ -26,7 +26,7 @@ from overleap.checkpoint.convert import parameters
 from overleap.checkpoint.table import tensor_table
 from overleap.eval.record import append, take
 from overleap.kernels.spec import Pool, Spans
-from overleap.train import loop, passes
+from overleap.train import kept, loop, passes
 from overleap.train.data import Rows, Tasks, Text
 from overleap.train.losses import HIDDEN, Asked
 from overleap.train.ops import TrainingOps
@@ -170,8 +170,7 @@ def held_out(trainer: loop.Trainer) -> Iterator[dict[str, float]]:
 
 def curve(folder: Path, steps: int) -> Iterator[dict[str, Any]]:
     """Means of CURVE steps of a run's log."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
-    last = {int(one["step"]): one for one in lines if "rate" in one}
+    last = {int(one["step"]): one for one in kept.read_log(folder) if "rate" in one}
     for begin in range(0, steps, CURVE):
         part = [last[step] for step in range(begin, begin + CURVE) if step in last]
         point: dict[str, Any] = {"step": begin + CURVE}
