@@ -240,7 +240,8 @@ class DiskTier:
         """Nothing is worth failing a request for: count the error and go on."""
         try:
             yield
-        except (OSError, MemoryError, *ERRORS) as error:
+        # What torch cannot allocate is a RuntimeError.
+        except (OSError, MemoryError, RuntimeError, *ERRORS) as error:
             self._counts["errors"] += 1
             self._problem = f"{type(error).__name__}: {error}"
             # A damaged index is made again by the next process that has the folder alone.

@@ -23,6 +23,7 @@ class Choices:
 
     def __init__(self, model: Transformer) -> None:
         self._ratios: dict[int, int] = {}
+        self._rows: list[int] = []
         self._chosen: dict[int, Tensor] = {}
         for number, block in enumerate(model.layers):
             attention = cast(Any, block).attn
@@ -35,12 +36,14 @@ class Choices:
 
     def _note(self, layer: int, choose: Callable[..., Tensor], *given: Any) -> Tensor:
         chosen_TK = choose(*given)
-        self._chosen[layer] = chosen_TK
+        if self._rows:
+            self._chosen[layer] = chosen_TK[self._rows]
         return chosen_TK
 
-    def forget(self) -> None:
-        """Before a step: layers that see few blocks do not choose, and leave nothing."""
-        self._chosen.clear()
+    def expect(self, rows: list[int]) -> None:
+        """Before a step: of which of its packed tokens `of` may be asked. No others are kept."""
+        self._rows = rows
+        self._chosen.clear()  # layers that see few blocks do not choose, and leave nothing
 
     def of(self, row: int, tokens: int) -> tuple[Chosen, ...]:
         """What the last step chose for its packed token `row`, of a text of so many tokens."""
@@ -48,7 +51,8 @@ class Choices:
         for layer, ratio in self._ratios.items():
             visible = tokens // ratio
             if layer in self._chosen:
-                entries = tuple(sorted(e for e in self._chosen[layer][row].tolist() if e >= 0))
+                chosen_K = self._chosen[layer][self._rows.index(row)]
+                entries = tuple(sorted(e for e in chosen_K.tolist() if e >= 0))
             else:
                 entries = tuple(range(visible))
             found.append(Chosen(layer, visible, entries))

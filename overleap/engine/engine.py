@@ -41,7 +41,7 @@ from overleap.engine.run import Run
 from overleap.engine.sampler import score
 from overleap.engine.scheduler import Job, Part, Place, Scheduler
 from overleap.engine.speculate import Speculator
-from overleap.errors import BackendError, CapacityError, ConfigError, OverleapError, RequestError
+from overleap.errors import BackendError, ConfigError, OverleapError, RequestError
 from overleap.model.transformer import Transformer
 
 
@@ -124,13 +124,12 @@ class Engine:
             request.weight,
             sampling.prompt_logprobs is not None,
         )
-        self._scheduler.submit(job)
         chain: Chain = []
         if self._prefix.enabled:
             chain = self._prefix.chain(request.prompt, request.salt, request.public_tokens)
             job.marks = _marks(job.prompt_tokens, (*request.branches, request.public_tokens))
         stop_ids = sampling.stop_ids
-        self._runs[request.id] = run = Run(
+        run = Run(
             Handle(request, secrets.randbits(63) if sampling.seed is None else sampling.seed),
             job,
             frozenset((config.eos_token_id,) if stop_ids is None else stop_ids),
@@ -139,6 +138,8 @@ class Engine:
             time.perf_counter(),
             walk=request.constraint.start() if request.constraint is not None else None,
         )
+        self._scheduler.submit(job)
+        self._runs[request.id] = run
         return run.handle
 
     def abort(self, handle: Handle) -> None:
@@ -193,17 +194,10 @@ class Engine:
         try:
             self._advance(runs, parts)
         except BaseException as error:
-            known = (
-                error
-                if isinstance(error, OverleapError)
-                else BackendError(
-                    f"the step with this request failed: {type(error).__name__}: {error}"
-                )
-            )
             for run in runs:
                 if run.handle.finish is None:
-                    self._finish(run, FinishReason.ERROR, error=known)
-            if known is not error:
+                    self._fail(run, error)
+            if not isinstance(error, OverleapError):
                 raise
         return True
 
@@ -211,29 +205,31 @@ class Engine:
         """Run a step, choose the next tokens, and have those after them proposed."""
         began = time.perf_counter()
         rows = [run.row(part) for run, part in zip(runs, parts, strict=True)]
-        if self._choices is not None:
-            self._choices.forget()
+        self._expect_choices(runs, parts)
         output = runner.step(self.model, self._cache, rows)
         each = (time.perf_counter() - began) / sum(part.count for part in parts)
         for run, part in zip(runs, parts, strict=True):
             run.machine_s += each * part.count
-        self._note_choices(runs, parts)
-        wanted = iter(output.logits)
+        wanted, end = iter(output.logits), 0
         for run, part in zip(runs, parts, strict=True):
-            self._commit(run, part, [next(wanted) for _ in range(part.rows)])
+            end += part.count
+            self._commit(run, part, [next(wanted) for _ in range(part.rows)], end)
         chosen = time.perf_counter()
         self._speculator.follow(runs, parts, output.streams)
         ended = time.perf_counter()
         self._speculator.measure(parts, chosen - began, ended - chosen)
         self._count(parts, ended - began)
 
-    def _note_choices(self, runs: list[Run], parts: list[Part]) -> None:
-        """Keep what the indexer chose for the last token of those who want to know."""
-        end = 0
+    def _expect_choices(self, runs: list[Run], parts: list[Part]) -> None:
+        """Have noted what may become the last token of those who want to know its choices."""
+        if self._choices is None:
+            return
+        rows, end = list[int](), 0
         for run, part in zip(runs, parts, strict=True):
             end += part.count
-            if run.handle.request.choices and self._choices is not None:
-                run.chosen = self._choices.of(end - 1, part.start + part.count)
+            if run.handle.request.choices:
+                rows += range(end - 1 - part.drafted, end)
+        self._choices.expect(rows)
 
     def _offer(self, job: Job) -> Place:
         """Set slot and pages aside for a waiting job, from where a known prefix ends."""
@@ -254,8 +250,10 @@ class Engine:
             else:
                 run.sequence = self._cache.restore(hit.snapshot, list(hit.pages))
             self._cache.reserve(run.sequence, job.prompt_tokens + job.max_tokens)
-        except CapacityError as error:
-            self._finish(run, FinishReason.ERROR, error=error)
+        except BaseException as error:
+            self._fail(run, error)
+            if not isinstance(error, OverleapError):
+                raise
             return Place.DROPPED
         self._prefix.use(run.chain, hit)
         job.done = run.cached = hit.length
@@ -281,11 +279,17 @@ class Engine:
                 return True
         return False
 
-    def _commit(self, run: Run, part: Part, rows: list[Tensor]) -> None:
-        """Take note of what a step did for one request, and choose its next tokens."""
+    def _commit(self, run: Run, part: Part, rows: list[Tensor], end: int) -> None:
+        """Take note of what a step did for one request, and choose its next tokens.
+
+        rows  logits wanted; end: the packed row behind the part's last
+        """
         job, reading = run.job, run.job.reading
         if part.scored:
-            self._score(run, part, rows)
+            try:
+                self._score(run, part, rows)
+            except OverleapError as unscored:
+                return self._fail(run, unscored)
             rows = rows[-1:] if part.logits else []
         tokens, error = self._speculator.choose(run, part, rows)
         refused = part.drafted - max(0, len(tokens) - 1)
@@ -293,6 +297,8 @@ class Engine:
             assert run.sequence is not None
             self._cache.rewind(run.sequence, run.sequence.length - refused)
         self._scheduler.commit(part, refused)
+        if run.handle.request.choices and self._choices is not None:
+            run.chosen = self._choices.of(end - 1 - refused, job.done)
         if reading:
             run.handle.events.append(Progress(job.done, job.prompt_tokens, run.cached))
         if self._prefix.enabled and job.done % PAGE_TOKENS == 0:
@@ -335,6 +341,13 @@ class Engine:
             self._prefix.keep(run.chain, run.sequence.pages, run.turn)
             run.turn = None
             machine.trim()
+
+    def _fail(self, run: Run, error: BaseException) -> None:
+        """End a request with an error; what it has read is not kept."""
+        if not isinstance(error, OverleapError):
+            what = f"{type(error).__name__}: {error}"
+            error = BackendError(f"the step with this request failed: {what}")
+        self._finish(run, FinishReason.ERROR, error=error)
 
     def _finish(
         self,

@@ -22,7 +22,7 @@ from overleap.cache.layout import PAGE_TOKENS, pages_for
 from overleap.errors import CapacityError, ConfigError
 
 SHORT_TOKENS = 256  # left to read: so few pass whatever answers are written, a hiccup at most
-SCORED_TOKENS = 64  # of a prompt whose every token wants logits, in one step: 32 MiB of 129,280
+SCORED_TOKENS = 64  # of prompts whose every token wants logits, in one step: 32 MiB of 129,280
 
 
 @dataclass(eq=False)
@@ -57,6 +57,11 @@ class Job:
     def reading(self) -> bool:
         """True while part of the prompt is not in the cache."""
         return self.done < self.prompt_tokens
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt that are not in the cache."""
+        return max(0, self.prompt_tokens - self.done)
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ class Scheduler:
                 self.running.append(job)
                 # All that it has to read, at once: else a flow that is behind takes every place
                 # that is free before the first step tells what that costs.
-                self._serve(job, job.prompt_tokens - job.done)
+                self._serve(job, job.unread)
             elif place is Place.LATER:
                 passed.add(job.id)
 
@@ -172,8 +177,9 @@ class Scheduler:
 
         Shares let a short prompt pass a long one: what the short ones leave over goes to the
         long ones. Running jobs never outnumber the budget, so each gets a token at least (long
-        prompts of `beside`, while it lasts). A chunk ends at the next mark at the latest. Proposals
-        take what is left when each has its token, before the chunks do. Empty: nothing runs.
+        prompts where there is any of `beside`). A chunk ends at the next mark at the latest.
+        Proposals take what is left when each has its token, before the chunks do. Empty: nothing
+        runs.
         """
         parts = []
         spare = self.chunk_tokens - len(self.running)
@@ -185,24 +191,29 @@ class Scheduler:
         readers = [job for job in self.running if job.reading]
         budget = self.chunk_tokens - sum(part.count for part in parts)
         paced = budget if beside is None or not parts else min(budget, beside)
-        readers.sort(key=lambda job: (job.prompt_tokens - job.done) / job.weight)
+        readers.sort(key=lambda job: job.unread / job.weight)
         weight = sum(job.weight for job in readers)
+        long = sum(job.weight for job in readers if job.unread > SHORT_TOKENS)
+        scored = max(1, SCORED_TOKENS // max(1, sum(job.scored for job in readers)))
+        least = min(1, paced)
         for index, job in enumerate(readers):
             behind = len(readers) - index - 1  # each of them gets a token at least
             share = max(1, min(math.ceil(budget * job.weight / weight), budget - behind))
             weight -= job.weight
-            if job.prompt_tokens - job.done > SHORT_TOKENS:
-                share = min(share, paced)
-                paced -= share
+            paces = job.unread > SHORT_TOKENS
+            if paces:
+                share = min(share, max(least, math.ceil(paced * job.weight / long)))
+                long -= job.weight
             if share == 0:
                 continue
             end = min(job.prompt_tokens, job.done + share)
             if job.scored:
-                end = min(end, job.done + SCORED_TOKENS)
+                end = min(end, job.done + scored)
             end = min([end, *(mark for mark in job.marks if job.done < mark)])
             count, ends = end - job.done, end == job.prompt_tokens
             parts.append(Part(job, job.done, count, ends, scored=job.scored))
             budget -= count
+            paced -= count * paces
         return parts
 
     def commit(self, part: Part, refused: int = 0) -> None:
@@ -221,7 +232,7 @@ class Scheduler:
     def remove(self, job: Job) -> None:
         """Forget a job, waiting or running: it is finished or aborted."""
         if job in self.running:
-            self._clocks[job.flow] -= max(0, job.prompt_tokens - job.done) / job.weight
+            self._clocks[job.flow] -= job.unread / job.weight
             self.running.remove(job)
         else:
             self.waiting.remove(job)

@@ -243,7 +243,7 @@ class Bridge:
             except BaseException as error:
                 for handle in handles:
                     self._engine.abort(handle)
-                loop.call_soon_threadsafe(_fail, answer, error)
+                loop.call_soon_threadsafe(self._refused, requests, answer, error)
                 return
             for request, handle, one in zip(requests, handles, generations, strict=True):
                 self._handles[request.id] = handle, one
@@ -257,11 +257,15 @@ class Bridge:
             for one in generations:
                 self.cancel(one)
             raise
-        except BaseException:
-            for one in generations:
-                self._live.pop(one.request.id, None)
-            raise
         return generations
+
+    def _refused(
+        self, requests: Sequence[Request], answer: "asyncio.Future[Any]", error: BaseException
+    ) -> None:
+        """The engine did not take these, whether or not somebody still waits to hear it."""
+        for request in requests:
+            self._live.pop(request.id, None)
+        _fail(answer, error)
 
     def cancel(self, generation: Generation) -> None:
         """Have it aborted before the next step."""
@@ -304,10 +308,11 @@ class Bridge:
                 self._loop.call_soon_threadsafe(_give, self._opened, None)
                 self._serve()
         except BaseException as error:
-            if self._opened.done():
-                log.critical("the engine's thread has ended", exc_info=error)
-                raise
-            self._loop.call_soon_threadsafe(_fail, self._opened, error)
+            if not self._opened.done():
+                self._loop.call_soon_threadsafe(_fail, self._opened, error)
+                return
+            log.critical("the engine's thread has ended", exc_info=error)
+            self.stopping = True  # nothing can be answered any more
 
     def _serve(self) -> None:
         busy = False
@@ -317,21 +322,24 @@ class Bridge:
             except Empty:
                 command = _nothing
             while command is not None:
-                command()
+                self._try(command)
                 try:
                     command = self._commands.get_nowait()
                 except Empty:
                     break
             if command is None:
                 return
-            try:
-                busy = self._engine.step()
-            except Exception:
-                # Its requests have ended with errors; the engine itself goes on.
-                log.exception("a step of the engine failed")
-                self.failures += 1
-                busy = True
+            busy = self._try(self._engine.step) is not False
             self._send()
+
+    def _try(self, action: Callable[[], bool | None]) -> bool | None:
+        """What it returns. Requests that it fails end with errors; the engine itself goes on."""
+        try:
+            return action()
+        except Exception:
+            log.exception("a step of the engine failed")
+            self.failures += 1
+            return True
 
     def _send(self) -> None:
         """Give the events of a step to the loop."""

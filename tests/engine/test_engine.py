@@ -385,6 +385,55 @@ def test_broken_logits_end_one_request_only(seed: int) -> None:
     assert_empty(engine)
 
 
+def test_a_broken_prompt_that_is_scored_ends_alone(seed: int) -> None:
+    engine, model = make()
+    model.broken = {3}
+    other = engine.submit(greedy([5, 6, 7], 4))
+    scored = engine.submit(greedy([1, 3, 2], 4, prompt_logprobs=0))
+    drain(engine)
+    assert other.finish is not None and other.finish.reason is FinishReason.LENGTH
+    assert scored.finish is not None and isinstance(scored.finish.error, BackendError)
+    assert_empty(engine)
+
+
+def test_what_is_refused_while_it_is_submitted_leaves_nothing(seed: int) -> None:
+    engine, _ = make()
+    handle = engine.submit(greedy([5, 6, 7], 2))
+    with pytest.raises(UnicodeEncodeError):
+        engine.submit(Request(prompt=text(seed, 300), salt="\ud800", sampling=GREEDY))
+    drain(engine)
+    assert len(tokens_of(handle)) == 2
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("error", [CapacityError("no"), RuntimeError("out of memory")])
+def test_a_failure_while_it_is_let_in_ends_it_alone(
+    error: Exception, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _ = make()
+    running = engine.submit(greedy(text(seed, 10), 5))
+    assert engine.step()
+    engine.generate(greedy(prompt := text(seed + 1, 300), 1))
+    free = engine.stats().pages_free
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._cache, "restore", fail)
+        broken = engine.submit(greedy(prompt, 1))
+        if isinstance(error, CapacityError):
+            engine.step()
+        else:
+            with pytest.raises(RuntimeError):
+                engine.step()
+    assert broken.finish is not None and broken.finish.reason is FinishReason.ERROR
+    assert engine.stats().pages_free >= free - 1  # of the answer that goes on
+    drain(engine)
+    assert running.finish is not None and running.finish.reason is FinishReason.LENGTH
+    assert_empty(engine)
+
+
 def test_a_request_whose_pages_cannot_be_had_ends_alone(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overleap.cache.layout import PAGE_TOKENS
-from overleap.engine.scheduler import Job, Part, Place, Scheduler
+from overleap.engine.scheduler import SCORED_TOKENS, Job, Part, Place, Scheduler
 from overleap.errors import CapacityError, ConfigError
 
 
@@ -170,3 +170,40 @@ def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
 def test_budgets_that_cannot_work_are_refused(pages: int, slots: int, chunk: int) -> None:
     with pytest.raises(ConfigError):
         Scheduler(pages=pages, slots=slots, chunk_tokens=chunk)
+
+
+def paced(weights: dict[str, float], beside: int, steps: int) -> dict[str, int]:
+    """Tokens read of 60,000-token prompts, one of each flow, beside an answer that never ends."""
+    scheduler = Scheduler(pages=1 << 20, slots=len(weights) + 1, chunk_tokens=512)
+    talker = Job("talker", 1, 1 << 20, "talker")
+    readers = [Job(flow, 60_000, 1, flow, weight) for flow, weight in weights.items()]
+    for job in (talker, *readers):
+        scheduler.submit(job)
+    scheduler.admit(lambda job: Place.TAKEN)
+    for number in range(steps):
+        for part in scheduler.plan(None if number == 0 else beside * (number % 4 == 0)):
+            part.job.generated += part.logits
+            scheduler.commit(part)
+        if number == 0:
+            begun = {job.id: job.done for job in readers}
+    return {job.id: job.done - begun[job.id] for job in readers}
+
+
+def test_long_prompts_share_what_goes_beside_answers_by_weight() -> None:
+    read = paced({"a": 1.0, "b": 1.0, "c": 2.0}, 64, 401)
+    assert abs(read["a"] - read["b"]) <= 100 and read["a"] >= 1500, read
+    assert read["c"] == pytest.approx(2 * read["a"], rel=0.05)
+
+
+def test_no_long_prompt_starves_however_many_there_are() -> None:
+    read = paced({str(n): 1.0 for n in range(30)}, 16, 401)
+    assert min(read.values()) >= 100, read
+
+
+def test_scored_prompts_share_the_rows_of_a_step() -> None:
+    scheduler = Scheduler(pages=100, slots=8, chunk_tokens=512)
+    for number in range(8):
+        scheduler.submit(Job(str(number), 300, 1, scored=True))
+    scheduler.admit(lambda job: Place.TAKEN)
+    parts = scheduler.plan()
+    assert len(parts) == 8 and sum(part.rows for part in parts) <= SCORED_TOKENS

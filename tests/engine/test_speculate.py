@@ -6,6 +6,7 @@ checks that its window holds what it should. Then the true architecture, and its
 
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -533,3 +534,35 @@ def test_rows_of_a_batch(seed: int) -> None:
     every = logits("all")
     assert distance(logits([2, 0, 3]), every[[3, 4, 14, 15, 16]]) < 1e-5
     assert distance(logits([1, 1, 1]), logits("last")) < 1e-5
+
+
+class Noted:
+    """Stands where Choices does: tells the text whose last token a packed row is."""
+
+    def __init__(self, model: FakeModel) -> None:
+        self.model = model
+        self.rows: list[int] = []
+
+    def expect(self, rows: list[int]) -> None:
+        self.rows = rows
+
+    def of(self, row: int, tokens: int) -> tuple[int, ...]:
+        assert row in self.rows, "it was not told of this row before"
+        text = tuple(self.model.texts[row])
+        assert len(text) == tokens
+        return text
+
+
+def test_choices_are_those_of_the_last_token_that_counted(seed: int) -> None:
+    """A refused proposal behind the last token leaves nothing, whatever ended the answer."""
+    draw = random.Random(seed)
+    for _ in range(30):
+        engine, model = make()
+        engine._choices = Noted(model)  # type: ignore[assignment]
+        prompt = text(draw.randrange(10**9), draw.randrange(1, 40))
+        stop = (draw.randrange(VOCABULARY),)
+        asked = ask(prompt, max_tokens=draw.randrange(1, 30), stop_ids=stop)
+        (done,) = serve(engine, [replace(asked, choices=True)])
+        read = done.ids if done.finish.reason is FinishReason.STOP else done.ids[:-1]
+        found: Any = done.finish.chosen
+        assert found == (*prompt, *read), done.finish.reason

@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import re
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -202,3 +203,27 @@ def test_bodies_are_bounded_by_key_and_all_together() -> None:
         assert not bodies.held
 
     asyncio.run(run())
+
+
+def test_a_command_that_fails_does_not_end_the_engine(
+    server: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bridge = server.service.bridge
+    before = bridge.failures
+
+    def fail() -> None:
+        raise RuntimeError("no memory for what should be kept")
+
+    bridge._commands.put(fail)
+    until(lambda: bridge.failures == before + 1)
+    assert call(server, "/v1/completions", {"prompt": "a", "max_tokens": 4})[0] == 200
+
+
+def test_a_server_whose_engine_has_ended_says_so(tmp_path: Path) -> None:
+    with live(tmp_path, scripted(lambda p: "Yes.")) as server:
+        port = int(server.url.rpartition(":")[2])
+        assert asyncio.run(load.send(port, "GET", "/readyz"))[0] == 200
+        server.service.bridge._commands.put(sys.exit)
+        until(lambda: not server.service.bridge._thread.is_alive())
+        assert asyncio.run(load.send(port, "GET", "/readyz"))[0] == 503
+        assert call(server, "/v1/completions", {"prompt": "a", "max_tokens": 4})[0] == 503
