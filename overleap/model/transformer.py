@@ -118,7 +118,11 @@ class Transformer(nn.Module):
         hidden = self.norm(collapse_head(self, wanted, self.config, self.ops))
         for sequence, count in zip(batch.sequences, batch.spans.count, strict=True):
             sequence.length += count
-        return Output(self.head(hidden).float(), hidden, x_TMD)
+        return Output(self.logits(hidden), hidden, x_TMD)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, D] -> f32 [N, V], never rounded to less: in bf16 the likeliest tokens often tie."""
+        return self.ops.matmul(hidden, self.head.stored, False, wide=True)
 
     def draft(
         self,
@@ -138,7 +142,7 @@ class Transformer(nn.Module):
         assert isinstance(block, MTPBlock)
         layer = cache.layers[self.config.num_hidden_layers + stage]
         hidden, streams_TMD = block.draft(streams_TMD, self.embed(next_T), next_T, layer, spans)
-        return self.head(hidden if rows is None else hidden[rows]).float(), streams_TMD
+        return self.logits(hidden if rows is None else hidden[rows]), streams_TMD
 
     @property
     def device(self) -> torch.device:

@@ -11,6 +11,7 @@ from overleap.kernels.spec import RowFormat, Weight
 from overleap.kernels.torch import quant
 
 ACTIVATION_GROUP = 128  # inputs of a packed linear share one scale per 128 values
+CONVERTED_ROWS = 8192  # of a plain weight that is brought to the type of its input at once
 
 
 def matmul(x: Tensor, weight: Weight, round_input: bool, wide: bool = False) -> Tensor:
@@ -19,7 +20,11 @@ def matmul(x: Tensor, weight: Weight, round_input: bool, wide: bool = False) -> 
         x = quant.round_fp8(x, ACTIVATION_GROUP)
     if wide:
         x = x.float()
-    return F.linear(x, _values(weight, x.dtype))
+    if weight.packed or weight.data.dtype is x.dtype:
+        return F.linear(x, _values(weight, x.dtype))
+    # The head is the largest weight there is: in parts, it is never wholly there twice.
+    parts = [F.linear(x, part.to(x.dtype)) for part in weight.data.split(CONVERTED_ROWS)]
+    return torch.cat(parts, dim=-1)
 
 
 def grouped_matmul(x_TGI: Tensor, weight: Weight) -> Tensor:
