@@ -22,6 +22,7 @@ class Choices:
     """The choices of a model's last step. Made once for a model."""
 
     def __init__(self, model: Transformer) -> None:
+        self._model = model
         self._ratios: dict[int, int] = {}
         self._rows: list[int] = []
         self._chosen: dict[int, Tensor] = {}
@@ -43,6 +44,8 @@ class Choices:
     def expect(self, rows: list[int]) -> None:
         """Before a step: of which of its packed tokens `of` may be asked. No others are kept."""
         self._rows = rows
+        watch = self._model.watchers.add if rows else self._model.watchers.discard
+        watch(self)
         self._chosen.clear()  # layers that see few blocks do not choose, and leave nothing
 
     def of(self, row: int, tokens: int) -> tuple[Chosen, ...]:

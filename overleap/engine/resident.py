@@ -41,13 +41,16 @@ class Resident:
         self._main = len(model.layers)  # the others are asked by the draft, not by a step
         self._bound = bound_bytes
         self._shelf = Shelf(placed.experts, bound_bytes)
+        self._model = model
         self._hook = model.register_forward_pre_hook(self._begin)
+        model.watchers.add(self)
         for number, layer in enumerate(self._layers):
             layer.before = partial(self._before, number)
 
     def close(self) -> None:
         """Leave the model as it was, and the experts that are in memory to the system."""
         self._hook.remove()
+        self._model.watchers.discard(self)
         for layer in self._layers:
             layer.before = None
         self._shelf.close()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from overleap.cache.state import Cache, Sequence
+from overleap.engine import replay
 from overleap.kernels.spec import Spans
 from overleap.model.transformer import Batch, Output, Transformer
 
@@ -35,8 +36,7 @@ def step(model: Transformer, cache: Cache, parts: Rows) -> Output:
         [(sequence, ids) for sequence, ids, _ in parts], cache, [wanted for *_, wanted in parts]
     )
     with torch.inference_mode():
-        output: Output = model(batch, cache)
-    return output
+        return replay.step(model, batch, cache)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 from overleap.devices import KINDS
 from overleap.errors import BackendError
 from overleap.kernels.composed import Assembled
-from overleap.kernels.spec import COARSE, LEFT_TO_TORCH, OP_NAMES, Ops
+from overleap.kernels.spec import COARSE, LEFT_TO_TORCH, OP_NAMES, Ops, Spans
 
 OWN = {
     "cpu": "overleap.kernels.cpu",
@@ -63,6 +63,15 @@ def native(wanted: str = "auto", device: str = "cpu") -> bool:
     return all(
         row.backend != DEFINITION or row.op in LEFT_TO_TORCH for row in table(wanted, device)
     )
+
+
+def recording(spans: Spans, ratios: tuple[int, ...]) -> Any:
+    """Records the native calls of a step of layers of these ratios; None without native code."""
+    try:
+        module = import_module("overleap.kernels.cpu.tape")
+    except ImportError:
+        return None
+    return module.Recording(spans, ratios)
 
 
 def preferred(device: str) -> tuple[str, ...]:

@@ -11,9 +11,9 @@ V vocabulary, Y rows of logits.
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -164,6 +164,7 @@ class Spans:
     offset              B + 1 row numbers into the packed tokens
     position_T, slot_T  i64 [T]  absolute position and slot of every token
     table_BP            i64 [B, P]  pages of every sequence, -1 beyond its last
+    kept                what is made of these once and used by many ops
     """
 
     start: tuple[int, ...]
@@ -173,6 +174,7 @@ class Spans:
     position_T: Tensor
     slot_T: Tensor
     table_BP: Tensor
+    kept: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, parts: Sequence[tuple[int, int, int, Sequence[int]]], device: torch.device) -> Self:
@@ -200,6 +202,14 @@ class Spans:
     def emitted(self, ratio: int) -> list[tuple[int, int]]:
         """Per sequence, the blocks [first, last) of `ratio` tokens that this step completes."""
         return [(s // ratio, (s + n) // ratio) for s, n in zip(self.start, self.count, strict=True)]
+
+    def begins(self, ratio: int) -> Tensor:
+        """i64 [completed]: position of the first token of every block that this step completes."""
+        if ratio not in self.kept:
+            first = [torch.arange(a, b) for a, b in self.emitted(ratio)]
+            self.kept[ratio] = (torch.cat(first) * ratio).to(self.position_T.device)
+        found: Tensor = self.kept[ratio]
+        return found
 
     def last_rows(self, capacity: int) -> Tensor | None:
         """Packed rows that survive in a ring of `capacity` rows; None means all of them."""

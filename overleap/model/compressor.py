@@ -56,18 +56,16 @@ class Compressor(nn.Module):
 
         Changes `tail` and `pool` only.
         """
-        ops, device, (ape, norm) = self.ops, rows_TW.device, self.stored
+        ops, (ape, norm) = self.ops, self.stored
         rows_T2W = rows_TW.view(-1, 2, ape.shape[1])
         entry = ops.compress_write(rows_T2W, tail, ape, self.ratio, spans)
         if not entry.shape[0]:
             return
-        first = [torch.arange(a, b) for a, b in spans.emitted(self.ratio)]
-        position = (torch.cat(first) * self.ratio).to(device)
         rows = ops.norm_rope_quantize(
             entry.to(dtype),
             norm,
             self.eps,
-            position,
+            spans.begins(self.ratio),
             frequency,
             self.hadamard,
             pool.format,

@@ -28,7 +28,7 @@ class Batch:
     ids_T     i64 [T]
     spans     which tokens belong to which sequence, and where
     rows      i64 packed rows whose logits are wanted, or None for all
-    sequences the sequences in order; forward() advances their length
+    sequences the sequences in order; a step advances their length
     """
 
     ids_T: Tensor
@@ -62,6 +62,11 @@ class Batch:
         ids_T = torch.tensor(flat, dtype=torch.int64, device=cache.device)
         return cls(ids_T, spans, rows, tuple(sequence for sequence, _ in parts))
 
+    def advance(self) -> None:
+        """The tokens are in the cache."""
+        for sequence, count in zip(self.sequences, self.spans.count, strict=True):
+            sequence.length += count
+
 
 @dataclass(frozen=True)
 class Output:
@@ -78,12 +83,18 @@ class Output:
 
 
 class Transformer(nn.Module):
-    """A DeepSeek-V4 model. Built without values; `assign` puts tensors in by official name."""
+    """A DeepSeek-V4 model. Built without values; `assign` puts tensors in by official name.
+
+    watchers  who takes part in its steps beside the ops: steps with any are not played from records
+    assigned  how often `assign` was called
+    """
 
     def __init__(self, config: ModelConfig, ops: Ops | None = None) -> None:
         super().__init__()
         ops = ops or select()
         self.config, self.ops = config, ops
+        self.watchers: set[object] = set()
+        self.assigned = 0
         self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, kind, config.is_hash_layer(number), ops)
@@ -98,6 +109,7 @@ class Transformer(nn.Module):
 
     def assign(self, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors in place by official name; a packed weight brings its `.scale`."""
+        self.assigned += 1
         for name, tensor in tensors.items():
             owner, _, leaf = name.rpartition(".")
             module = self.get_submodule(owner) if owner else self
@@ -116,8 +128,7 @@ class Transformer(nn.Module):
             x_TMD = block(x_TMD, batch.ids_T, layer, batch.spans, tap)
         wanted = x_TMD if batch.rows is None else x_TMD[batch.rows]
         hidden = self.norm(collapse_head(self, wanted, self.config, self.ops))
-        for sequence, count in zip(batch.sequences, batch.spans.count, strict=True):
-            sequence.length += count
+        batch.advance()
         return Output(self.logits(hidden), hidden, x_TMD)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ class FakeModel:
         self.config = CONFIG
         self.device = torch.device("cpu")
         self.ops = select()
+        self.watchers = {"the test"}  # its steps are no calls of ops that could be recorded
         self.steps: list[list[int]] = []  # tokens of each sequence in each step
         self.fail: BaseException | None = None
         self.broken: set[int] = set()  # a sequence that ends with one of these gets NaN logits

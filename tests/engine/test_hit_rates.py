@@ -28,6 +28,7 @@ class Skimmer:
     config = replace(CONFIG, max_position_embeddings=PAGES * PAGE_TOKENS)
     device = torch.device("cpu")
     ops = select()
+    watchers = ("the test",)
     every = torch.eye(VOCABULARY)
 
     def __call__(self, batch: Batch, cache: Cache) -> Output:

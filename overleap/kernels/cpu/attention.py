@@ -13,6 +13,7 @@ from overleap.cache.layout import CacheFormat, entry_bytes
 from overleap.kernels.cpu import _native
 from overleap.kernels.cpu.linear import FLOAT, made, norm_weight, plain, tables
 from overleap.kernels.cpu.rows import rotary
+from overleap.kernels.cpu.tape import sequences
 from overleap.kernels.spec import Joint, Pool, RowFormat, Spans
 
 _KIND = {"kv": 0, "key": 1, "wide": 2}
@@ -94,9 +95,7 @@ def index_topk(
         table.shape[1],
         ratio,
         k,
-        spans.start,
-        spans.count,
-        spans.slot,
+        sequences(spans),
         out.data_ptr(),
         torch.get_num_threads(),
     )
@@ -171,9 +170,7 @@ def attend_write(
         sink_H.data_ptr(),
         scale,
         window,
-        spans.start,
-        spans.count,
-        spans.slot,
+        sequences(spans),
         out.data_ptr(),
         log.data_ptr(),
         *((0, 0) if frequency is None else rotary(frequency, width)),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from overleap.kernels.cpu import _native
 from overleap.kernels.cpu.linear import plain
+from overleap.kernels.cpu.tape import sequences
 from overleap.kernels.spec import Pool, Spans
 
 MOST_POOLED = 256  # as in src/rows.h
@@ -25,9 +26,7 @@ def window_write(ring: Tensor, rows_T: Tensor, spans: Spans) -> None:
         ring.shape[1],
         ring.stride(1) * ring.itemsize,
         rows_T.data_ptr(),
-        spans.start,
-        spans.count,
-        spans.slot,
+        sequences(spans),
     )
 
 
@@ -45,8 +44,7 @@ def page_write(pool: Pool, rows_E: Tensor, ratio: int, spans: Spans) -> None:
         table.data_ptr(),
         table.shape[1],
         ratio,
-        spans.start,
-        spans.count,
+        sequences(spans),
     )
 
 
@@ -79,9 +77,7 @@ def _compress(
             ratio,
             overlapped,
             writes,
-            spans.start,
-            spans.count,
-            spans.slot,
+            sequences(spans),
             out.data_ptr(),
             torch.get_num_threads(),
         )

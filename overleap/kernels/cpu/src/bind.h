@@ -6,6 +6,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "rows.h"
+#include "tape.h"
+
 namespace overleap {
 
 // An address as Python passes it: Tensor.data_ptr(), 0 for none.
@@ -19,10 +22,17 @@ T* at(Address address) {
 // Kernels never touch Python objects, so other threads may run Python meanwhile.
 using Unlocked = nanobind::call_guard<nanobind::gil_scoped_release>;
 
+// An op that a step calls.
+template <class... A>
+void op(nanobind::module_& m, const char* name, void (*call)(A...)) {
+    m.def(name, taped(call), Unlocked());
+}
+
+// Sequences come by reference, since a step that is played again has moved on: tape.h.
+
 // The last `capacity` rows of every sequence into its ring; rows of `bytes`.
 void window_write(Address ring, int64_t capacity, int64_t bytes, Address rows,
-                  const std::vector<int64_t>& start, const std::vector<int64_t>& count,
-                  const std::vector<int64_t>& slot);
+                  Sequences* sequences);
 
 // What ../linear.py and ../rows.py call, and ../attention.py in one go.
 void call_project(Address x, int x_type, int64_t tokens, int64_t columns, Address norm,

@@ -10,9 +10,8 @@
 namespace overleap {
 namespace {
 
-using Counts = std::vector<int64_t>;
-
-std::vector<Stretch> stretches(const Counts& start, const Counts& count, const Counts& slot) {
+std::vector<Stretch> stretches(const Sequences& sequences) {
+    const auto& [start, count, slot] = sequences;
     std::vector<Stretch> found(start.size());
     int64_t first = 0;
     for (size_t b = 0; b < start.size(); b++) {
@@ -60,9 +59,9 @@ void call_inputs(Address x, int type, int64_t tokens, int64_t columns, const Inp
 }  // namespace
 
 void bind_attention(nanobind::module_& m) {
-    m.def(
-        "attention_inputs",
-        [](Address x, int type, int64_t tokens, int64_t columns, std::vector<Address> in_tables,
+    op(
+        m, "attention_inputs",
+        +[](Address x, int type, int64_t tokens, int64_t columns, std::vector<Address> in_tables,
            std::vector<int> in_counts, std::vector<Address> in_out, std::vector<int> in_types,
            int64_t rank, std::vector<Address> latent_tables, std::vector<int> latent_counts,
            std::vector<Address> latent_out, std::vector<int> latent_types, Address q_norm,
@@ -73,46 +72,42 @@ void bind_attention(nanobind::module_& m) {
                         {latent_tables, latent_out, latent_counts, latent_types}, q_norm,
                         q_norm_type, kv_norm, kv_norm_type, eps, heads, width, position, frequency,
                         rotary, packed, rope, bytes, fresh, threads);
-        },
-        Unlocked());
-    m.def(
-        "index_topk",
-        [](Address q, Address weight, int64_t heads, Address keys, int kind, int64_t width,
+        });
+    op(
+        m, "index_topk",
+        +[](Address q, Address weight, int64_t heads, Address keys, int kind, int64_t width,
            int64_t bytes, int64_t per_page, Address table, int64_t table_width, int64_t ratio,
-           int64_t k, const Counts& start, const Counts& count, const Counts& slot, Address out,
-           int threads) {
+           int64_t k, Sequences* sequences, Address out, int threads) {
             Pages pages{at<const uint8_t>(keys), layout(kind, width, 0, bytes), per_page,
                         at<const int64_t>(table), table_width};
             Choice choice{at<const uint8_t>(q), at<const float>(weight), heads, pages, ratio, k,
-                          stretches(start, count, slot), at<int64_t>(out), threads};
+                          stretches(*sequences), at<int64_t>(out), threads};
             OVERLEAP_CALL(choose)(choice);
-        },
-        Unlocked());
-    m.def(
-        "attend",
-        [](Address q, bool half, int64_t heads, Address fresh, Address ring, int64_t ring_rows,
+        });
+    op(
+        m, "attend",
+        +[](Address q, bool half, int64_t heads, Address fresh, Address ring, int64_t ring_rows,
            int kind, int64_t width, int64_t rope, int64_t bytes, Address entries, int64_t per_page,
            Address table, int64_t table_width, Address chosen, int64_t k, int64_t ratio,
-           Address sink, float scale, int64_t window, const Counts& start, const Counts& count,
-           const Counts& slot, Address out, Address log, Address frequency, int64_t rotary,
-           Address position, int threads) {
+           Address sink, float scale, int64_t window, Sequences* sequences, Address out,
+           Address log, Address frequency, int64_t rotary, Address position, int threads) {
             RowLayout rows = layout(kind, width, rope, bytes);
             Pages pages{at<const uint8_t>(entries), rows, per_page, at<const int64_t>(table),
                         table_width};
             Attention attention{at<const void>(q), half ? Float::bf16 : Float::f32, heads, width,
                                 at<const uint8_t>(fresh), at<const uint8_t>(ring), ring_rows, rows,
                                 pages, at<const int64_t>(chosen), k, ratio, at<const float>(sink),
-                                scale, window, stretches(start, count, slot), at<void>(out),
+                                scale, window, stretches(*sequences), at<void>(out),
                                 at<float>(log), threads};
             OVERLEAP_CALL(attend)(attention);
             if (!frequency) return;
-            const int64_t tokens = attention.sequences.back().first + count.back();
+            const Stretch& last = attention.sequences.back();
+            const int64_t tokens = last.first + last.count;
             Rows turned{at<void>(out), attention.type, tokens * heads, heads, width, at<void>(out),
                         threads};
             OVERLEAP_CALL(rotate)(turned, Turn{at<int64_t>(position), at<float>(frequency), rotary, true});
-            window_write(ring, ring_rows, bytes, fresh, start, count, slot);
-        },
-        Unlocked());
+            window_write(ring, ring_rows, bytes, fresh, sequences);
+        });
 }
 
 }  // namespace overleap

@@ -79,10 +79,10 @@ void call_project(Address x, int x_type, int64_t tokens, int64_t columns, Addres
 }
 
 void bind_linear(nanobind::module_& m) {
-    m.def("product", call_product, Unlocked());
-    m.def("project", call_project, Unlocked());
-    m.def("project_back", call_project_back, Unlocked());
-    m.def("mixture", call_mixture, Unlocked());
+    op(m, "product", call_product);
+    op(m, "project", call_project);
+    op(m, "project_back", call_project_back);
+    op(m, "mixture", call_mixture);
 }
 
 }  // namespace overleap

@@ -12,7 +12,8 @@
 namespace overleap {
 
 void window_write(Address ring, int64_t capacity, int64_t bytes, Address rows,
-                  const std::vector<int64_t>& start, const std::vector<int64_t>& count, const std::vector<int64_t>& slot) {
+                  Sequences* sequences) {
+    const auto& [start, count, slot] = *sequences;
     const uint8_t* row = at<uint8_t>(rows);
     for (size_t b = 0; b < start.size(); b++) {
         uint8_t* own = at<uint8_t>(ring) + slot[b] * capacity * bytes;
@@ -23,8 +24,6 @@ void window_write(Address ring, int64_t capacity, int64_t bytes, Address rows,
 }
 
 namespace {
-
-using Numbers = std::vector<int64_t>;
 
 Rows rows(Address x, int type, int64_t count, int64_t heads, int64_t width, Address out,
           int threads) {
@@ -54,50 +53,45 @@ void widened(const uint8_t* from, int type, int64_t count, float* to) {
 }
 
 void bind_norms(nanobind::module_& m) {
-    m.def(
-        "rms_norm",
-        [](Address x, int type, int64_t count, int64_t width, Address weight, int weight_type,
+    op(
+        m, "rms_norm",
+        +[](Address x, int type, int64_t count, int64_t width, Address weight, int weight_type,
            float eps, Address out, int threads) {
             Rows r = rows(x, type, count, 1, width, out, threads);
             OVERLEAP_CALL(rms_norm)(r, norm(weight, weight_type, eps));
-        },
-        Unlocked());
-    m.def(
-        "norm_rope",
-        [](Address x, int type, int64_t count, int64_t heads, int64_t width, Address weight,
+        });
+    op(
+        m, "norm_rope",
+        +[](Address x, int type, int64_t count, int64_t heads, int64_t width, Address weight,
            int weight_type, float eps, Address position, Address frequency, int64_t rotary,
            Address out, int threads) {
             Rows r = rows(x, type, count, heads, width, out, threads);
             Turn t = turn(position, frequency, rotary, false);
             OVERLEAP_CALL(norm_rope)(r, norm(weight, weight_type, eps), t);
-        },
-        Unlocked());
-    m.def(
-        "rotate",
-        [](Address x, int type, int64_t count, int64_t heads, int64_t width, Address position,
+        });
+    op(
+        m, "rotate",
+        +[](Address x, int type, int64_t count, int64_t heads, int64_t width, Address position,
            Address frequency, int64_t rotary, bool inverse, Address out, int threads) {
             Rows r = rows(x, type, count, heads, width, out, threads);
             OVERLEAP_CALL(rotate)(r, turn(position, frequency, rotary, inverse));
-        },
-        Unlocked());
-    m.def(
-        "hadamard",
-        [](Address x, int type, int64_t count, int64_t width, Address out, int threads) {
+        });
+    op(
+        m, "hadamard",
+        +[](Address x, int type, int64_t count, int64_t width, Address out, int threads) {
             OVERLEAP_CALL(hadamard)(rows(x, type, count, 1, width, out, threads));
-        },
-        Unlocked());
-    m.def(
-        "quantize",
-        [](Address x, int type, int64_t count, int64_t width, bool key, int64_t rotary,
+        });
+    op(
+        m, "quantize",
+        +[](Address x, int type, int64_t count, int64_t width, bool key, int64_t rotary,
            int64_t bytes, Address out, int threads) {
             Rows r = rows(x, type, count, 1, width, out, threads);
             OVERLEAP_CALL(quantize)(r, Packing{key, rotary, bytes});
-        },
-        Unlocked());
-    m.def("norm_rope_quantize", call_norm_rope_quantize, Unlocked());
-    m.def(
-        "route",
-        [](Address x, int type, int64_t tokens, int64_t width, Address gate, int form,
+        });
+    op(m, "norm_rope_quantize", call_norm_rope_quantize);
+    op(
+        m, "route",
+        +[](Address x, int type, int64_t tokens, int64_t width, Address gate, int form,
            Address bias, Address fixed, int64_t experts, int64_t k, float scale, Address ids,
            Address weight, int threads) {
             RawBuffer<float> logit;
@@ -110,14 +104,13 @@ void bind_norms(nanobind::module_& m) {
             Routing r{logit.data(), at<float>(bias), at<int64_t>(fixed), tokens, experts, k,
                       scale, at<int64_t>(ids), at<float>(weight), threads};
             OVERLEAP_CALL(route)(r);
-        },
-        Unlocked());
+        });
 }
 
 void bind_streams(nanobind::module_& m) {
-    m.def(
-        "collapse",
-        [](Address x, int type, int64_t tokens, int64_t streams, int64_t width, Address fn,
+    op(
+        m, "collapse",
+        +[](Address x, int type, int64_t tokens, int64_t streams, int64_t width, Address fn,
            Address base, Address scale, int64_t iterations, float eps, float norm_eps, Address y,
            Address post, Address comb, Address norm_weight, int norm_type, int threads) {
             Collapse c{at<void>(x), static_cast<Float>(type), tokens, streams, width,
@@ -127,21 +120,20 @@ void bind_streams(nanobind::module_& m) {
             if (!norm_weight) return;
             Rows r = rows(y, type, tokens, 1, width, y, threads);
             OVERLEAP_CALL(rms_norm)(r, norm(norm_weight, norm_type, norm_eps));
-        },
-        Unlocked());
-    m.def(
-        "spread",
-        [](Address y, Address x, int type, int64_t tokens, int64_t streams, int64_t width,
+        });
+    op(
+        m, "spread",
+        +[](Address y, Address x, int type, int64_t tokens, int64_t streams, int64_t width,
            Address post, Address comb, Address out, int threads) {
             Spread s{at<void>(y), at<void>(x), static_cast<Float>(type), tokens, streams, width,
                      at<float>(post), at<float>(comb), at<void>(out), threads};
             OVERLEAP_CALL(spread)(s);
-        },
-        Unlocked());
+        });
 }
 
 void page_write(Address pool, int64_t per_page, int64_t bytes, Address rows, Address table,
-                int64_t table_width, int64_t ratio, const Numbers& start, const Numbers& count) {
+                int64_t table_width, int64_t ratio, Sequences* sequences) {
+    const auto& [start, count, slot] = *sequences;
     const uint8_t* row = at<uint8_t>(rows);
     for (size_t b = 0; b < start.size(); b++) {
         const int64_t* page = at<int64_t>(table) + static_cast<int64_t>(b) * table_width;
@@ -154,19 +146,18 @@ void page_write(Address pool, int64_t per_page, int64_t bytes, Address rows, Add
 }
 
 void bind_sequences(nanobind::module_& m) {
-    m.def("window_write", window_write, Unlocked());
-    m.def("page_write", page_write, Unlocked());
-    m.def(
-        "compress",
-        [](Address fresh, Address tail, Address ape, int64_t width, int64_t capacity,
-           int64_t ratio, bool overlapped, bool writes, const Numbers& start,
-           const Numbers& count, const Numbers& slot, Address out, int threads) {
+    op(m, "window_write", window_write);
+    op(m, "page_write", page_write);
+    op(
+        m, "compress",
+        +[](Address fresh, Address tail, Address ape, int64_t width, int64_t capacity,
+           int64_t ratio, bool overlapped, bool writes, Sequences* sequences, Address out,
+           int threads) {
             Pooling p{at<float>(fresh), at<float>(tail), at<float>(ape), width, capacity, ratio,
-                      overlapped, {start, count, slot}, at<float>(out), threads};
+                      overlapped, *sequences, at<float>(out), threads};
             OVERLEAP_CALL(compress)(p);
-            if (writes) window_write(tail, capacity, 8 * width, fresh, start, count, slot);
-        },
-        Unlocked());
+            if (writes) window_write(tail, capacity, 8 * width, fresh, sequences);
+        });
 }
 
 }  // namespace

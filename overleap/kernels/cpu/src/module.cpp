@@ -2,6 +2,7 @@
 // as numbers; the Python side of a family (../linear.py, ...) has checked both.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -10,6 +11,8 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "bind.h"
 #include "isa.h"
@@ -44,6 +47,8 @@ Isa best_isa() {
     return Isa::portable;
 }
 
+thread_local Tape* recording = nullptr;
+
 static Isa current = best_isa();
 
 Isa isa() { return current; }
@@ -67,6 +72,21 @@ NB_MODULE(_native, m) {
         else if (name == "amx") overleap::set_isa(overleap::Isa::amx);
         else throw std::invalid_argument("no such instruction set");
     });
+    using Numbers = std::vector<int64_t>;
+    nb::class_<overleap::Sequences>(m, "Sequences")
+        .def("__init__",
+             [](overleap::Sequences* made, Numbers start, Numbers count, Numbers slot) {
+                 new (made) overleap::Sequences{std::move(start), std::move(count), std::move(slot)};
+             })
+        .def("move", [](overleap::Sequences& own, Numbers start, Numbers slot) {
+            own.start = std::move(start), own.slot = std::move(slot);
+        });
+    nb::class_<overleap::Tape>(m, "Tape")
+        .def(nb::init<>())
+        .def("play", &overleap::Tape::play, overleap::Unlocked());
+    // Which tape keeps the calls of this thread from now on; None for none.
+    m.def("record", [](overleap::Tape* tape) { overleap::recording = tape; },
+          nb::arg("tape").none());
     overleap::bind_linear(m);
     overleap::bind_attention(m);
     overleap::bind_rows(m);

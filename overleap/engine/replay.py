@@ -1,0 +1,120 @@
+"""Steps like one before, without Python between their ops: recorded, and played again.
+
+A step of few tokens on small weights takes longer to be said than to be computed. Steps with as
+many tokens of as many sequences, that complete as many entries, make the same calls on the same
+memory; what differs lies in a few tensors, which are filled anew. All that decides which calls are
+made is in `_key`. Not here: recording itself (kernels/cpu/tape.py).
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from overleap.cache.state import Cache
+from overleap.config import CSA_RATIO, HCA_RATIO
+from overleap.kernels import recording as record
+from overleap.model.transformer import Batch, Output, Transformer
+
+MOST_TOKENS = 16  # of a step that is recorded: more are worth their saying
+MOST_BYTES = 16 * 2**20  # that recordings of a cache hold
+LEAST_KEPT = 8  # recordings that must fit: how far sequences are into a block goes round
+MOST_SEEN = 1024
+RATIOS = (CSA_RATIO, HCA_RATIO)
+Key = tuple[object, ...]
+
+
+def step(model: Transformer, batch: Batch, cache: Cache) -> Output:
+    """As `model(batch, cache)`: the same bits, and the caller's own tensors. In inference mode."""
+    small = len(batch.ids_T) <= MOST_TOKENS and model.device.type == "cpu"
+    if not small or model.watchers:
+        output: Output = model(batch, cache)
+        return output
+    of_cache = _REPLAYS.setdefault(cache, Replays())
+    if of_cache.model is not model or of_cache.assigned != model.assigned:
+        of_cache = _REPLAYS[cache] = Replays(model, model.assigned)
+    return of_cache.step(model, batch, cache)
+
+
+@dataclass
+class Replays:
+    """Recorded steps of a model on a cache, the last used at the end.
+
+    seen  keys of steps that came once: what comes twice is recorded
+    off   its steps cannot be recorded, or take more memory than they are worth
+    """
+
+    model: Transformer | None = None
+    assigned: int = 0
+    kept: "OrderedDict[Key, Played]" = field(default_factory=OrderedDict)
+    seen: set[Key] = field(default_factory=set)
+    off: bool = False
+
+    def step(self, model: Transformer, batch: Batch, cache: Cache) -> Output:
+        """The step, played where one like it was recorded."""
+        key = _key(model, batch)
+        if (played := self.kept.get(key)) is not None:
+            self.kept.move_to_end(key)
+            return played.again(batch)
+        again = key in self.seen
+        recording = record(batch.spans, RATIOS) if again and not self.off else None
+        if recording is None:
+            self.seen.add(key)
+            if len(self.seen) > MOST_SEEN:
+                self.seen.clear()
+            output: Output = model(batch, cache)
+            return output
+        with recording:
+            output = model(batch, cache)
+        self.seen.discard(key)
+        self._keep(key, Played(batch, output, recording))
+        return _copied(output)
+
+    def _keep(self, key: Key, played: "Played") -> None:
+        large = LEAST_KEPT * played.recording.nbytes > MOST_BYTES
+        if played.recording.refused is not None or large:
+            self.off = True
+            return
+        self.kept[key] = played
+        while sum(one.recording.nbytes for one in self.kept.values()) > MOST_BYTES:
+            self.kept.popitem(last=False)
+
+
+@dataclass(eq=False)
+class Played:
+    """A recorded step: what it was given, what it yields, and its calls."""
+
+    batch: Batch
+    output: Output
+    recording: Any
+
+    def again(self, batch: Batch) -> Output:
+        """The step for other tokens at other places."""
+        self.batch.ids_T.copy_(batch.ids_T)
+        self.recording.play(batch.spans)
+        batch.advance()
+        return _copied(self.output)
+
+
+def _copied(output: Output) -> Output:
+    return Output(output.logits.clone(), output.hidden.clone(), output.streams.clone())
+
+
+def _key(model: Transformer, batch: Batch) -> Key:
+    """What steps must have in common to make the same calls on memory of the same shapes."""
+    spans = batch.spans
+    blocks = spans.emitted(CSA_RATIO)
+    return (
+        spans.count,
+        tuple(last - first for first, last in blocks),
+        tuple(last - first for first, last in spans.emitted(HCA_RATIO)),
+        max(last for _, last in blocks) > model.config.index_topk,
+        spans.table_BP.shape[1],
+        None if batch.rows is None else tuple(batch.rows.tolist()),
+        torch.get_num_threads(),
+    )
+
+
+_REPLAYS: "WeakKeyDictionary[Cache, Replays]" = WeakKeyDictionary()

@@ -1,0 +1,119 @@
+"""The native calls of a step, recorded once and made again without Python between them.
+
+What calls of a step address must stay where it is: weights, the cache, and what the step itself
+made, which a recording holds. Of torch's own work only what is listed here is repeated; a step
+that needs more is not recordable, since numbers it took from the step before would be repeated
+too. Read next: engine/replay.py, src/tape.h.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from overleap.kernels.cpu import _native
+from overleap.kernels.spec import Spans
+
+_aten: Any = torch.ops.aten
+_ROOM = {_aten.empty.memory_format, _aten.empty_like.default}
+_VIEWS = {
+    _aten._unsafe_view.default,
+    _aten.alias.default,
+    _aten.detach.default,
+    _aten.expand.default,
+    _aten.unsqueeze.default,
+    _aten.view.default,
+}
+_REPEATED = {
+    _aten._to_copy.default,
+    _aten.clone.default,
+    _aten.contiguous.default,
+    _aten.embedding.default,
+    _aten.index.Tensor,
+    _aten.mul.Tensor,
+    _aten.to.dtype,
+    _aten.to.dtype_layout,
+}
+
+
+def sequences(spans: Spans) -> Any:
+    """Where the sequences of a step stand, as native code is told of it: one object for all ops."""
+    if _native not in spans.kept:
+        spans.kept[_native] = _native.Sequences(spans.start, spans.count, spans.slot)
+    return spans.kept[_native]
+
+
+class Recording(TorchDispatchMode):
+    """Records the calls of this thread while it is entered; `play` makes them again, in order.
+
+    spans    of the step that is recorded
+    ratios   of its layers
+    refused  what cannot be repeated, None where all can
+    """
+
+    def __init__(self, spans: Spans, ratios: tuple[int, ...]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.refused: str | None = None
+        self._spans, self._ratios = spans, ratios
+        for ratio in ratios:  # made here, they are no work of the step that would be repeated
+            spans.begins(ratio)
+        self._calls: list[Callable[[], object]] = []
+        self._held: list[Tensor] = []  # else others would be given their memory
+
+    def __enter__(self) -> Self:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._go_on()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _native.record(None)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in _REPEATED and result.data_ptr() != args[0].data_ptr():
+            self._calls.append(partial(_again, result, func, args, kwargs))
+            self._held.append(result)
+            self._go_on()
+        elif func in _ROOM:
+            self._held.append(result)
+        elif func not in _VIEWS | _REPEATED:
+            self.refused = self.refused or str(func)
+        return result
+
+    def _go_on(self) -> None:
+        tape = _native.Tape()
+        self._calls.append(tape.play)
+        _native.record(tape)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that is held."""
+        return sum(tensor.nbytes for tensor in self._held)
+
+    def play(self, spans: Spans) -> None:
+        """Every call again, for sequences that stand elsewhere; results are where they were."""
+        own = self._spans
+        own.position_T.copy_(spans.position_T)
+        own.table_BP.copy_(spans.table_BP)
+        for ratio in self._ratios:
+            own.begins(ratio).copy_(spans.begins(ratio))
+        sequences(own).move(spans.start, spans.slot)
+        for call in self._calls:
+            call()
+
+
+def _again(result: Tensor, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    result.copy_(func(*args, **kwargs))

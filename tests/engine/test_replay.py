@@ -1,0 +1,146 @@
+"""Steps played from a record have the bits of those that are said, wherever sequences stand."""
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from overleap import kernels
+from overleap.cache.layout import CacheFormat
+from overleap.cache.state import Cache
+from overleap.engine import replay
+from overleap.engine.choices import Choices
+from overleap.engine.replay import Replays
+from overleap.engine.runner import run
+from overleap.kernels import native, select
+from overleap.model.transformer import Transformer
+from tests.checkpoints import random_tensors, tiny_config
+from tests.oracles.running import poison
+
+needs_native = pytest.mark.skipif(not native(), reason="there is no native code here")
+
+
+def make(seed: int, form: str = "release", backend: str = "auto") -> Transformer:
+    config = tiny_config(seed, form)
+    model = Transformer(config, select(backend))
+    model.assign(random_tensors(config, seed))
+    return model
+
+
+def made(model: Transformer, cache_format: CacheFormat) -> Cache:
+    cache = Cache(model.config, pages=24, slots=4, format=cache_format, device=torch.device("cpu"))
+    poison(cache)
+    return cache
+
+
+def of(cache: Cache) -> Replays:
+    return replay._REPLAYS.get(cache, Replays())
+
+
+def drive(model: Transformer, cache: Cache, seed: int, steps: int = 160) -> Iterator[Tensor]:
+    """Logits of steps of some of three texts, a token or two each; now and then one goes back."""
+    draw = random.Random(seed)
+    texts = [cache.open() for _ in range(3)]
+    for text in texts:
+        cache.reserve(text, 700)
+    for _ in range(steps):
+        chosen = texts[: draw.choice([1, 1, 2, 3])]
+        if draw.random() < 0.05:
+            chosen = texts[-1:]
+        if draw.random() < 0.1 and chosen[0].length > chosen[0].oldest + 1:
+            cache.rewind(chosen[0], chosen[0].length - 1)
+        count = 40 if draw.random() < 0.05 else draw.choice([1, 1, 2])
+        ids = [[draw.randrange(model.config.vocab_size) for _ in range(count)] for _ in chosen]
+        wanted = draw.choice([1, count])
+        yield run(model, cache, [(t, i, wanted) for t, i in zip(chosen, ids, strict=True)])
+
+
+@needs_native
+@pytest.mark.parametrize("form", ["release", "bf16", "f32"])
+@pytest.mark.parametrize("cache_format", CacheFormat)
+def test_played_steps_have_the_bits_of_those_that_are_said(
+    form: str, cache_format: CacheFormat, seed: int
+) -> None:
+    model = make(seed, form)
+    watched, played = made(model, cache_format), made(model, cache_format)
+    model.watchers.add("the test")
+    said = list(drive(model, watched, seed))
+    assert not of(watched).kept
+    model.watchers.clear()
+    kept = list(drive(model, played, seed))
+    assert of(played).kept and not of(played).off
+    for number, (one, other) in enumerate(zip(said, kept, strict=True)):
+        assert torch.equal(one, other), number
+    for a, b in zip(watched.layers, played.layers, strict=True):
+        assert torch.equal(bits(a.ring.rows), bits(b.ring.rows))
+
+
+def bits(rows: Tensor) -> Tensor:
+    return rows.view(torch.uint8)
+
+
+@needs_native
+def test_results_belong_to_the_caller(seed: int) -> None:
+    model = make(seed)
+    cache = made(model, CacheFormat.RELEASE)
+    found = list(drive(model, cache, seed, 60))
+    copies = [logits.clone() for logits in drive(model, made(model, CacheFormat.RELEASE), seed, 60)]
+    assert all(torch.equal(a, b) for a, b in zip(found, copies, strict=True))
+
+
+@needs_native
+def test_new_weights_are_used(seed: int) -> None:
+    model = make(seed)
+    cache = made(model, CacheFormat.RELEASE)
+    list(drive(model, cache, seed))
+    assert of(cache).kept
+    model.assign(random_tensors(model.config, seed + 1))
+    other = made(model, CacheFormat.RELEASE)
+    model.watchers.add("the test")
+    said = list(drive(model, other, seed, 30))
+    model.watchers.clear()
+    fresh = made(model, CacheFormat.RELEASE)
+    replay._REPLAYS[fresh] = of(cache)  # as if these records were of this cache
+    assert all(torch.equal(a, b) for a, b in zip(said, drive(model, fresh, seed, 30), strict=True))
+
+
+def test_what_cannot_be_repeated_is_said_each_time(seed: int) -> None:
+    model = make(seed, "f32", "torch")
+    cache = made(model, CacheFormat.WIDE)
+    list(drive(model, cache, seed, 60))
+    assert not of(cache).kept
+    assert of(cache).off or kernels.recording(None, ()) is None  # type: ignore[arg-type]
+
+
+@needs_native
+def test_who_wants_choices_gets_those_of_the_step(seed: int) -> None:
+    model = make(seed)
+    choices, cache = Choices(model), made(model, CacheFormat.RELEASE)
+    text = cache.open()
+    cache.reserve(text, 600)
+    draw = random.Random(seed)
+    for step in range(400):
+        wanted = step % 7 == 6
+        choices.expect([0] if wanted else [])
+        run(model, cache, [(text, [draw.randrange(model.config.vocab_size)], 1)])
+        if wanted:
+            for one in choices.of(0, text.length):
+                most = min(one.visible, model.config.index_topk)
+                assert len(one.entries) == most and max(one.entries, default=-1) < one.visible
+    assert of(cache).kept
+
+
+@needs_native
+def test_records_take_little_memory(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(seed)
+    monkeypatch.setattr(replay, "MOST_BYTES", 2**20)
+    cache = made(model, CacheFormat.RELEASE)
+    for _ in drive(model, cache, seed):
+        held = sum(played.recording.nbytes for played in of(cache).kept.values())
+        assert held <= 2**20
+    monkeypatch.setattr(replay, "MOST_BYTES", 1000)
+    small = made(model, CacheFormat.RELEASE)
+    list(drive(model, small, seed, 40))
+    assert of(small).off and not of(small).kept
