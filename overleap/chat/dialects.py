@@ -12,12 +12,30 @@ from typing import Any, Literal
 import deepseek_recipe as recipe
 
 from overleap.chat.profiles import Preamble, Profile
-from overleap.chat.rendering import Item, Level, check_messages, render_messages, tool_definitions
+from overleap.chat.rendering import (
+    UNREADABLE,
+    Item,
+    Level,
+    check_messages,
+    joined_text,
+    render_messages,
+    tool_definitions,
+)
 from overleap.chat.replies import Beginning, ReplyFormat
 from overleap.errors import DialectError
 
 Api = Literal["chat", "responses", "messages"]
 ToolChoice = Literal["auto", "none", "required"]
+
+# Parts of a message that hold others, and what in them is not text.
+_PARTS = ("content", "output")
+_UNREAD = {
+    "image": "an image",
+    "image_url": "an image",
+    "input_image": "an image",
+    "file": "a file",
+    "input_file": "a file",
+}
 
 # The vendor's library knows the levels of the general release; we use them to ask for a text.
 _RENDERED_LEVEL: dict[Preamble, Level] = {
@@ -110,14 +128,13 @@ def render_body(
     Raises DialectError, with the library's sentence for what it refuses.
     """
     _require_chat(profile)
-    _refuse_images(body)
     model = str(body.get("model", profile.name))
     # A call that is demanded follows at once. Who asks for thinking as well is told of it.
     options = recipe.ConversionOptions(
         default_thinking_mode=profile.thinks and not _demands_call(body)
     ).with_model_versions_by_name({model: recipe.ModelVersion.DeepseekV4Pro})
-    given = {**_with_reasoning_content(body), "model": model}
     try:
+        given = {**_readable(api, body), "model": model}
         match api:
             case "chat":
                 request = recipe.ChatCompletionRequest(given).convert(options)
@@ -125,7 +142,7 @@ def render_body(
                 request = recipe.ResponsesRequest(given).convert(options)
             case "messages":
                 request = recipe.MessagesRequest(given).convert(options)
-    except (recipe.ConversionError, ValueError, TypeError, OverflowError) as error:
+    except (recipe.ConversionError, *UNREADABLE) as error:
         raise DialectError(str(error)) from error
     read = request.conversation
     asked = read.reasoning_effort if _named_effort(api, body) else None
@@ -136,7 +153,7 @@ def render_body(
         tools=read.tools,
         tool_choice=read.tool_choice,
         reasoning_effort=level,
-        **_format_of(read),
+        **answer_format(api, read, body),
     )
     rendered = recipe.DeepseekV4Encoding().render_conversation(conversation)
     stop = tuple(request.parsing_options.stop_sequences)
@@ -240,7 +257,15 @@ def _format_arguments(response_format: Mapping[str, Any] | None) -> dict[str, An
     )
 
 
-def _format_of(conversation: recipe.Conversation) -> dict[str, Any]:
+def answer_format(
+    api: Api, conversation: recipe.Conversation, body: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The format that a body wants its answer in, as arguments of the library's Conversation.
+
+    Raises DialectError for one that cannot be held.
+    """
+    if api == "messages":
+        return _messages_format(body)
     match conversation.response_format:
         case "json_object":
             return {"response_format": "json_object"}
@@ -249,6 +274,20 @@ def _format_of(conversation: recipe.Conversation) -> dict[str, Any]:
         case "regex":
             return {"response_regex": conversation.response_regex}
     return {}
+
+
+def _messages_format(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Structured output of Messages, which the library does not know, by both of its names."""
+    config = body.get("output_config")
+    found = config.get("format") if isinstance(config, Mapping) else None
+    match body.get("output_format") if found is None else found:
+        case None:
+            return {}
+        case {"type": "json_schema", "schema": Mapping() as schema}:
+            return {"response_schema": schema}
+    raise DialectError(
+        "the output format is not understood", 'it is {"type": "json_schema", "schema": {...}}'
+    )
 
 
 # -- API bodies
@@ -270,28 +309,65 @@ def _demands_call(body: Mapping[str, Any]) -> bool:
     return choice == "required"
 
 
-def _with_reasoning_content(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The body, with `reasoning` of messages (a newer name) given as `reasoning_content`."""
-    messages = body.get("messages")
-    if not isinstance(messages, list):
-        return dict(body)
-    renamed = [
-        {**m, "reasoning_content": m.get("reasoning_content", m["reasoning"])}
-        if isinstance(m, Mapping) and isinstance(m.get("reasoning"), str)
-        else m
-        for m in messages
-    ]
-    return {**body, "messages": renamed}
+def _readable(api: Api, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The body in the words that the library knows; refuses what it would drop or not hold."""
+    given = dict(body)
+    for field in ("messages", "input"):
+        if isinstance(body.get(field), list):
+            given[field] = [_known(api, _text_of(item)) for item in body[field]]
+    match body:
+        case {"tool_choice": {"type": "any"} as choice, "tools": [{"name": str(name)}, *_]} if (
+            api == "messages"
+        ):
+            # A choice that names a tool is the only one of Messages that the library has demand a
+            # call. Which one is called, the grammar decides.
+            given["tool_choice"] = {**choice, "type": "tool", "name": name}
+    return given
 
 
-def _refuse_images(body: Mapping[str, Any]) -> None:
-    """The library writes a placeholder text for an image; we say that it cannot be read."""
-    stack: list[Any] = [body.get("messages"), body.get("input")]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, Mapping):
-            if value.get("type") in ("image_url", "image", "input_image"):
-                raise DialectError("this model reads text only, and the request holds an image")
-            stack.append(value.get("content"))
-        elif isinstance(value, list):
-            stack.extend(value)
+def _known(api: Api, message: Any) -> Any:
+    """A message by names that the library knows: `reasoning` and `developer` are newer."""
+    if not isinstance(message, Mapping):
+        return message
+    if message.get("type") == "item_reference":
+        raise DialectError("nothing is stored here that an item_reference could name")
+    known = dict(message)
+    if isinstance(message.get("reasoning"), str):
+        known["reasoning_content"] = message.get("reasoning_content") or message["reasoning"]
+    if api == "chat" and message.get("role") == "developer":
+        known["role"] = "system"
+    return known
+
+
+def _text_of(value: Any) -> Any:
+    """A message or a part of it, documents that are text as text.
+
+    The library writes a placeholder for what else there is; we say that it cannot be read.
+    """
+    if isinstance(value, list):
+        return [_text_of(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    if value.get("type") == "document":
+        return {"type": "text", "text": _document(value)}
+    unread = _UNREAD.get(str(value.get("type")))
+    if unread:
+        raise DialectError(f"this model reads text only, and the request holds {unread}")
+    return {key: _text_of(part) if key in _PARTS else part for key, part in value.items()}
+
+
+def _document(block: Mapping[str, Any]) -> str:
+    """The text of a document of Messages, behind its title and context."""
+    match block.get("source"):
+        case {"type": "text", "data": str(text)}:
+            pass
+        case {"type": "content", "content": content}:
+            text = joined_text(content, "a document")
+        case source:
+            kind = source.get("type") if isinstance(source, Mapping) else None
+            raise DialectError(
+                f"this model reads text only, and the source of a document is {kind!r}",
+                "a document's source may be text, or content of text",
+            )
+    above = (block.get(key) for key in ("title", "context"))
+    return "\n\n".join([*(part for part in above if isinstance(part, str) and part), text])

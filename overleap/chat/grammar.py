@@ -19,11 +19,14 @@ from overleap.chat.tokenizer import DSML, END_THINK, Tokenizer
 from overleap.errors import DialectError, RequestError
 
 MAX_BYTES = 64 * 2**10  # of a schema, a pattern or all tool schemas
+MAX_SHARED_BYTES = 4 * 2**20  # of definitions, written out for each parameter of a tool
 KEPT = 256  # compiled grammars
 _TEXT = "/(?s:.)*/"  # any text; special tokens are none
-# Of a string parameter: all up to the next closing tag. Two lexemes, since the library's lexer does
-# not go back: one that had taken the tag's "<" could not give it up at the "/".
-_VALUE = "(/[^<]+/ | /<+[^<\\/]/)*"
+# A string parameter and the "</" of its closing tag. The library's lexer does not go back, so what
+# begins with "<" is taken together, and the tag's own token shows what it was. "</｜" is only that.
+_VALUE = "(/[^<]+/ | /<[<\\/]*[^<\\/｜]/ | /<+｜/)* /<([<\\/]*<)?\\//"
+# In a parameter's schema: the name of that of all parameters, and where what they share is.
+_ROOT, _SHARED = "all-parameters", ("#/$defs/", "#/definitions/")
 # Of one step: what these forbid ends one answer with an error and lets the others go on.
 _ITEMS, _FUEL, _STATES = 2000, 200_000, 50_000
 # As the checkpoints' training data writes JSON, and no endless runs of blanks.
@@ -49,10 +52,13 @@ class Wanted:
 
 
 class Grammars:
-    """Compiles for one tokenizer, and keeps what it compiled. Threads may share it."""
+    """Compiles for one tokenizer, and keeps what it compiled. Threads may share it.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    vocab_size  ids of the model, where it has more than the tokenizer knows
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int | None = None) -> None:
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size or tokenizer.vocab_size
         self._table: LLTokenizer | None = None
         self._kept: OrderedDict[Wanted, Grammar] = OrderedDict()
         self._lock = threading.Lock()
@@ -73,7 +79,7 @@ class Grammars:
         matcher = LLMatcher(table, self._lark(wanted), log_level=0, limits=limits)
         if matcher.is_error():
             raise DialectError(f"the format cannot be held: {_first_line(matcher.get_error())}")
-        grammar = Grammar(matcher, self._tokenizer.eos_id, self._tokenizer.vocab_size)
+        grammar = Grammar(matcher, self._tokenizer.eos_id, self._vocab_size)
         with self._lock:
             self._kept[wanted] = grammar
             if len(self._kept) > KEPT:
@@ -140,8 +146,9 @@ class GrammarWalk:
 
     def allowed(self) -> bytes:
         """A bit for each token that may come next; the end of sequence once all is said."""
+        size = -(-self._vocab_size // 8)
         if self._matcher.is_stopped() and not self._matcher.is_error():
-            only = bytearray(-(-self._vocab_size // 8))
+            only = bytearray(size)
             only[self._eos_id // 8] = 1 << self._eos_id % 8
             return bytes(only)
         mask = self._matcher.compute_bitmask()
@@ -150,7 +157,7 @@ class GrammarWalk:
                 f"the format cannot be held: {_first_line(self._matcher.get_error())}",
                 "a simpler schema or pattern will do",
             )
-        return bytes(mask[: -(-self._vocab_size // 8)])
+        return bytes(mask[:size]).ljust(size, b"\0")
 
     def accept(self, token: int) -> None:
         """This token was chosen."""
@@ -189,19 +196,42 @@ def _parameters(schema: Any, call: str, dsml: str) -> tuple[str, list[str]]:
         anything = f"{call}_any"
         name = '"parameter name=\\"" /[A-Za-z0-9_.-]+/'
         text = f'"\\" string=\\"true\\">" {_VALUE}'
-        value = '"\\" string=\\"false\\">" %json {}'
-        closing = f'"</" {dsml} "parameter>\\n"'
+        value = '"\\" string=\\"false\\">" %json {} "</"'
+        closing = f'{dsml} "parameter>\\n"'
         rule = f'{anything}: "<" {dsml} {name} ({text} | {value}) {closing}'
         return f"{anything}*", [rule]
     required = schema.get("required")
     must = set(required) if isinstance(required, list) else set()
-    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    moved = _moved(schema)
+    shared = {key: moved[key] for key in ("$defs", "definitions") if key in schema}
+    if moved != schema:
+        defined = shared.get("$defs")
+        shared["$defs"] = {**(defined if isinstance(defined, dict) else {}), _ROOT: moved}
+    size = len(known) * len(json.dumps(shared))
+    if size > MAX_SHARED_BYTES:
+        raise DialectError(
+            f"what the {len(known)} parameters of a tool refer to takes {size} bytes in all, "
+            f"{MAX_SHARED_BYTES} are the most"
+        )
     parts, rules = [], []
-    for number, (name, inner) in enumerate(known.items()):
+    for number, (name, inner) in enumerate(moved["properties"].items()):
         rule = f"{call}_{number}"
         parts.append(rule if name in must else f"{rule}?")
         rules.append(f"{rule}: {_parameter(name, inner, shared, dsml)}")
     return " ".join(parts), rules
+
+
+def _moved(schema: Any) -> Any:
+    """The schema of all parameters, its references to itself as they are from each one's schema."""
+    if isinstance(schema, list):
+        return [_moved(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    moved = {key: _moved(value) for key, value in schema.items()}
+    to = moved.get("$ref")
+    if isinstance(to, str) and to.startswith("#") and not to.startswith(_SHARED):
+        moved["$ref"] = f"#/$defs/{_ROOT}{to[1:]}"
+    return moved
 
 
 def _parameter(name: str, schema: Any, shared: Mapping[str, Any], dsml: str) -> str:
@@ -210,14 +240,14 @@ def _parameter(name: str, schema: Any, shared: Mapping[str, Any], dsml: str) -> 
     string = inner.get("type") == "string"
     if string and isinstance(choices, list) and choices:
         value = " | ".join(_quoted(str(choice)) for choice in choices)
-        value = f"({value})"
+        value = f'({value}) "</"'
     elif string:
         value = _VALUE
     else:
-        value = f"%json {json.dumps({**inner, **shared, 'x-guidance': _COMPACT})}"
+        value = f'%json {json.dumps({**inner, **shared, "x-guidance": _COMPACT})} "</"'
     shown = json.dumps(name, ensure_ascii=False)
     opening = f'parameter name={shown} string="{"true" if string else "false"}">'
-    return f'"<" {dsml} {_quoted(opening)} {value} "</" {dsml} "parameter>\\n"'
+    return f'"<" {dsml} {_quoted(opening)} {value} {dsml} "parameter>\\n"'
 
 
 def _quoted(text: str) -> str:

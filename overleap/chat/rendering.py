@@ -33,6 +33,8 @@ _TYPES: dict[str, type] = {
     "reasoning_content": str,
 }
 _ALWAYS = {"role", "mask"}  # mask: which turns a training loss counts; no part of the text
+# What the library raises for values that it cannot read.
+UNREADABLE = (TypeError, ValueError, OverflowError, RecursionError)
 _TURNS = {USER, ASSISTANT, LATEST_REMINDER}
 
 # What we ask of the library's own table of efforts (that of the general release).
@@ -102,7 +104,7 @@ def _checked(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key, wanted in _TYPES.items():
         if not isinstance(given.get(key, wanted()), wanted):
             raise DialectError(f"{where} ({role}) has a {key} that is not a {wanted.__name__}")
-    given["content"] = _text(given.get("content", ""), where)
+    given["content"] = joined_text(given.get("content", ""), where)
     if role == "assistant":
         given.setdefault("reasoning_content", given.pop("reasoning", ""))
         given["tool_calls"] = [_tool_call(call, where) for call in given.get("tool_calls", ())]
@@ -118,8 +120,11 @@ def _checked(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     return given
 
 
-def _text(content: Any, where: str) -> str:
-    """Text content: a string, or text blocks, which are joined by blank lines."""
+def joined_text(content: Any, where: str) -> str:
+    """Text content: a string, or text blocks, which are joined by blank lines.
+
+    Raises DialectError for what is not text, and names where it is.
+    """
     if isinstance(content, str):
         return content
     if isinstance(content, list):
@@ -162,7 +167,7 @@ def _tool_definition(tool: Mapping[str, Any], number: int) -> recipe.ToolDefinit
             }
             try:
                 return recipe.ToolDefinition(name, **given)
-            except (TypeError, ValueError, OverflowError) as error:
+            except UNREADABLE as error:
                 raise DialectError(f"tool {number} ({name}) cannot be rendered: {error}") from error
     raise DialectError(
         f"tool {number} is not a function with a name",
@@ -202,7 +207,7 @@ def render_messages(
             reasoning_effort=level,
             **settings,
         )
-    except (TypeError, ValueError, OverflowError) as error:  # lone surrogates, endless numbers
+    except UNREADABLE as error:  # lone surrogates, endless numbers, nested too deep
         raise DialectError(f"the messages cannot be rendered: {error}") from error
     items = _items(recipe.DeepseekV4Encoding().render_conversation(conversation), nonce)
     items = _put_tasks(_move_tools(items), level is not None)

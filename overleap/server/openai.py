@@ -147,8 +147,12 @@ class _Talk:
                         yield self._bare() | {"chosen": [asdict(one) for one in event.chosen]}
         usage = await self._running.settle()
         for index, finish in sorted(finishes.items()):
-            self._remember(self._writers[index], finish)
-            for chunk in self._writers[index].end(finish, usage):
+            writer = self._writers[index]
+            stopped = writer.done  # by a stop string: what came with it and behind it was not shown
+            chunks = writer.end(finish, usage)  # which show what the library had held back
+            if not stopped:
+                self._remember(writer, finish)
+            for chunk in chunks:
                 yield self._without_usage(chunk)
         if self._turn.api == "chat" and self._turn.include_usage:
             yield self._usage_chunk(usage)

@@ -143,6 +143,8 @@ class MessagesBody(Body):
     tools: Annotated[list[Object], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Object | None = None
     thinking: Object | None = None
+    output_config: Object | None = None
+    output_format: Object | None = None
     metadata: Object | None = None
 
 
@@ -157,13 +159,18 @@ class CountBody(Body):
 
 
 class TokenizeBody(BaseModel):
-    """POST /tokenize: a text, or the messages of a chat."""
+    """POST /tokenize: a text, or the messages of a chat with what else its prompt is made of."""
 
     model_config = ConfigDict(extra="allow")
 
     model: Name | None = None
     prompt: Text | None = None
     messages: Annotated[list[Object], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    tools: Annotated[list[Object], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["auto", "none", "required"] | Object | None = None
+    response_format: Object | None = None
+    reasoning_effort: Annotated[str, Field(max_length=16)] | None = None
+    thinking: Thinking | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
 

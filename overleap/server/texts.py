@@ -7,7 +7,6 @@ from typing import Any
 
 from starlette.responses import Response
 
-from overleap.chat.dialects import render_chat
 from overleap.server import sse
 from overleap.server.auth import Customer
 from overleap.server.refusals import Refusal
@@ -50,7 +49,7 @@ async def tokenize(raw: bytes, customer: Customer, service: Service) -> Response
 
 
 def _tokenize(raw: bytes, customer: Customer, turns: Turns) -> Response:
-    body, _ = parsed(TokenizeBody, raw)
+    body, value = parsed(TokenizeBody, raw)
     if body.model is not None:
         turns.check_model(body.model)
     tokenizer = turns.model.tokenizer
@@ -60,7 +59,7 @@ def _tokenize(raw: bytes, customer: Customer, turns: Turns) -> Response:
         ids = tokenizer.encode(body.prompt)
         ids = [tokenizer.bos_id, *ids] if body.add_special_tokens else ids
     else:
-        prompt = render_chat(body.messages or [], profile=turns.model.profile)
+        prompt, _ = turns.render("chat", value)
         ids = tokenizer.encode_prompt(prompt)
     found: dict[str, Any] = {
         "tokens": ids,

@@ -18,7 +18,7 @@ import deepseek_recipe as recipe
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from overleap.chat.dialects import Api, Prompt, render_body
+from overleap.chat.dialects import Api, Prompt, answer_format, render_body
 from overleap.chat.grammar import Grammar, Grammars, Wanted
 from overleap.chat.profiles import Profile
 from overleap.chat.replay import Replay
@@ -53,6 +53,7 @@ class Model:
 
     context_tokens  of a request: what the model has positions for and the cache has pages for
     created         seconds since 1970; fingerprint: names weights and engine
+    vocab_size      ids of the model, where it has more than the tokenizer knows
     """
 
     tokenizer: Tokenizer
@@ -60,6 +61,7 @@ class Model:
     context_tokens: int
     created: int
     fingerprint: str
+    vocab_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Turns:
     def __init__(self, model: Model, settings: Settings, isolation: Isolation) -> None:
         self.model, self.settings, self.isolation = model, settings, isolation
         self.replay = Replay(model.tokenizer)
-        self._grammars = Grammars(model.tokenizer)
+        self._grammars = Grammars(model.tokenizer, model.vocab_size)
         # Two threads: a grammar that takes forever keeps one, and the next is refused in time.
         self._compilers = ThreadPoolExecutor(2, thread_name_prefix="grammar")
         # Long texts wait for each other, and nothing else for them.
@@ -215,7 +217,7 @@ class Turns:
             branches=self._branches(prompt, ids),
             echo=echo,
         )
-        return turn, _wanted(read, prompt, value)
+        return turn, _wanted(api, read, prompt, value)
 
     def max_tokens(
         self, prompt_tokens: int, asked: int | None, read: Any, customer: Customer
@@ -275,28 +277,43 @@ def sampling_of(value: Mapping[str, Any], max_tokens: int) -> Sampling:
 
 
 def _wanted(
-    read: recipe.ConversationRequest, prompt: Prompt, value: Mapping[str, Any]
+    api: Api, read: recipe.ConversationRequest, prompt: Prompt, value: Mapping[str, Any]
 ) -> Wanted | None:
     """The grammar of an answer, None where anything goes."""
     constraint = read.inference_options.output_constraint
     if constraint is None or constraint.kind == "tool_call":
+        # Beside tools that may be called, the library names no format; nor that of Messages.
+        kind, source = _held(answer_format(api, read.conversation, value))
+    else:
+        kind, source = constraint.kind, constraint.schema
+    if not kind:
         return None
     reasoning = prompt.reply.begins in ("reasoning", "reasoning continued")
     if prompt.reply.begins == "content continued":
         raise DialectError("a format cannot be held in an answer that is only continued")
-    if constraint.kind == "tool_call_required":
-        tools = json.loads(constraint.schema)
+    several = _may_call_several(value)
+    if kind == "tool_call_required":
         name = _named_tool(value.get("tool_choice"))
-        chosen = [tool for tool in tools if name in (None, tool["function"]["name"])]
+        chosen = [tool for tool in json.loads(source) if name in (None, tool["function"]["name"])]
         if not chosen:
             raise DialectError(f"tool_choice names {name!r}, which is not among the tools")
-        return Wanted("tools", json.dumps(chosen), several=_may_call_several(value))
+        return Wanted("tools", json.dumps(chosen), several=several)
     tools = ""
     if prompt.reply.tools:
         tools = json.dumps([_definition(tool) for tool in read.conversation.tools])
-    kind = "regex" if constraint.kind == "regex" else "json"
-    several = _may_call_several(value)
-    return Wanted(kind, constraint.schema, reasoning, tools, several)  # type: ignore[arg-type]
+    return Wanted("regex" if kind == "regex" else "json", source, reasoning, tools, several)
+
+
+def _held(format: Mapping[str, Any]) -> tuple[str, str]:
+    """The kind of grammar that holds a format, and its source; "" for none."""
+    match format:
+        case {"response_schema": schema}:
+            return "json", json.dumps(schema)
+        case {"response_regex": str(pattern)}:
+            return "regex", pattern
+        case {"response_format": _}:
+            return "json", ""
+    return "", ""
 
 
 def _definition(tool: recipe.ToolDefinition) -> dict[str, Any]:

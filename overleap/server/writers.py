@@ -277,9 +277,17 @@ class _Shown:
                 self.reasoning.append(event["delta"])
             case "response.output_text.delta":
                 self.content.append(event["delta"])
-            case "response.output_item.done" if event["item"]["type"] == "function_call":
-                item = event["item"]
-                self.calls.append((item["name"], [item["arguments"]]))
+            case "response.output_item.done":
+                self._item(event["item"])
+
+    def _item(self, item: Chunk) -> None:
+        """A call, as its history will name it (chat/replay.py)."""
+        match item:
+            case {"type": "function_call", "name": name, "arguments": arguments}:
+                space = item.get("namespace")
+                self.calls.append((f"{space}__{name}" if space else name, [arguments]))
+            case {"type": "custom_tool_call", "name": name, "input": text}:
+                self.calls.append((name, [json.dumps({"input": text})]))
 
     def _message(self, event: Chunk) -> None:
         match event:

@@ -315,7 +315,7 @@ def test_both_names_of_reasoning_are_read() -> None:
     [
         ("chat", {"messages": []}, "Empty input messages"),
         ("chat", {"messages": "hello"}, "expected a sequence"),
-        ("chat", {"messages": [{"role": "developer", "content": "x"}]}, "unknown variant"),
+        ("chat", {"messages": [{"role": "nobody", "content": "x"}]}, "unknown variant"),
         ("chat", {"reasoning_effort": "huge"}, "unknown variant `huge`"),
         ("chat", {"n": 2}, "Invalid n value"),
         ("chat", {"stop": object()}, ""),
@@ -342,6 +342,120 @@ def test_bodies_that_are_refused(api: Api, more: dict[str, Any], sentence: str) 
     with pytest.raises(DialectError) as caught:
         render_body(api, body(api, **more), profile=LATER)
     assert sentence in caught.value.message
+
+
+@pytest.mark.parametrize("reasoning_content", [None, ""])
+def test_an_empty_name_of_reasoning_does_not_hide_the_other(reasoning_content: str | None) -> None:
+    last = {"role": "assistant", "content": "x", "prefix": True, "reasoning": "because"}
+    given = body("chat", messages=[*HELLO, {**last, "reasoning_content": reasoning_content}])
+    assert render_body("chat", given, profile=LATER)[0].text.endswith("because</think>x")
+
+
+def test_a_developer_is_the_system() -> None:
+    texts = [
+        render_body(
+            "chat",
+            body("chat", messages=[{"role": role, "content": "Be brief."}, *HELLO]),
+            profile=LATER,
+        )[0].text
+        for role in ("developer", "system")
+    ]
+    assert texts[0] == texts[1] and "Be brief." in texts[0]
+
+
+TEXT = {"type": "text", "text": "The text."}
+PDF = {"type": "base64", "media_type": "application/pdf", "data": "eA=="}
+
+
+@pytest.mark.parametrize(
+    ("document", "text"),
+    [
+        ({"source": {"type": "text", "media_type": "text/plain", "data": "It."}}, "It."),
+        ({"source": {"type": "content", "content": "It."}}, "It."),
+        ({"source": {"type": "content", "content": [TEXT, TEXT]}}, "The text.\n\nThe text."),
+        (
+            {"source": {"type": "content", "content": [TEXT]}, "title": "T", "context": "C"},
+            "T\n\nC\n\nThe text.",
+        ),
+    ],
+)
+def test_documents_of_text_are_read(document: dict[str, Any], text: str) -> None:
+    block = {"type": "document", **document}
+    use = {"type": "tool_use", "id": "t", "name": "find", "input": {}}
+    for around in (
+        [{"role": "user", "content": [block, {"type": "text", "text": "What?"}]}],
+        [
+            *HELLO,
+            {"role": "assistant", "content": [use]},
+            {
+                "role": "user",
+                "content": [{"type": "tool_result", "tool_use_id": "t", "content": [block]}],
+            },
+        ],
+    ):
+        prompt, _ = render_body("messages", body("messages", messages=around), profile=LATER)
+        assert text in prompt.text and "Unsupported" not in prompt.text
+
+
+def output_of(kind: str, part: dict[str, Any]) -> dict[str, Any]:
+    """A Responses body whose tool has answered with this."""
+    call = {"type": kind, "call_id": "c", "name": "find", "arguments": "{}", "input": ""}
+    answer = {"type": f"{kind}_output", "call_id": "c", "output": [part]}
+    return {"input": [{"role": "user", "content": "Hello"}, call, answer]}
+
+
+@pytest.mark.parametrize(
+    ("api", "more", "sentence"),
+    [
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [{"type": "document", "source": PDF}]}]},
+            "the source of a document is 'base64'",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [{"type": "document"}]}]},
+            "the source of a document is None",
+        ),
+        (
+            "chat",
+            {"messages": [{"role": "user", "content": [{"type": "file", "file": {}}]}]},
+            "holds a file",
+        ),
+        (
+            "responses",
+            {"input": [{"role": "user", "content": [{"type": "input_file", "file_data": "x"}]}]},
+            "holds a file",
+        ),
+        *(
+            ("responses", output_of(kind, {"type": part, "file_id": "x"}), sentence)
+            for kind in ("function_call", "custom_tool_call")
+            for part, sentence in (("input_image", "an image"), ("input_file", "a file"))
+        ),
+        (
+            "responses",
+            {"input": [{"role": "user", "content": "x"}, {"type": "item_reference", "id": "x"}]},
+            "nothing is stored here",
+        ),
+    ],
+)
+def test_what_is_not_text_is_refused(api: Api, more: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(DialectError) as caught:
+        render_body(api, body(api, **more), profile=LATER)
+    assert sentence in caught.value.message
+
+
+def test_what_is_nested_too_deep_is_refused() -> None:
+    deep: dict[str, Any] = {"type": "object"}
+    for _ in range(200):
+        deep = {"type": "object", "properties": {"a": deep}}
+    tool = {"type": "function", "function": {"name": "find", "parameters": deep}}
+    format = {"type": "json_schema", "json_schema": {"name": "n", "schema": deep}}
+    for more in ({"tools": [tool]}, {"response_format": format}):
+        with pytest.raises(DialectError, match="nesting depth"):
+            render_chat(HELLO, profile=LATER, **more)
+        with pytest.raises(DialectError, match="nesting depth"):
+            render_body("chat", body("chat", **more), profile=LATER)
 
 
 def test_hostile_bodies_hold_no_more_special_tokens() -> None:

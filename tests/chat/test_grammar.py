@@ -73,7 +73,11 @@ def test_a_pattern_with_slashes_and_line_ends() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["San Francisco", "", "a < b", "<b>bold", "<<x", "two\nlines", "a<b<c>", "日本 <3 ok"]
+    "value",
+    [
+        *("San Francisco", "", "a < b", "<b>bold", "<<x", "two\nlines", "a<b<c>", "日本 <3 ok"),
+        *("<b>hi</b>", "x </ y", "<</b>", "a</b></c>", "</", "<", "a/", "</<b", "<//x", "<｜x"),
+    ],
 )
 def test_a_text_in_a_call_ends_with_its_tag(value: str) -> None:
     """The tokenizer writes the closing tag's "</" as one token, whatever stands before it."""
@@ -151,3 +155,77 @@ def test_what_cannot_be_held_is_refused_in_a_sentence() -> None:
 def test_what_was_compiled_is_kept() -> None:
     assert compiled("regex", "kept+") is compiled("regex", "kept+")
     assert compiled("regex", "kept+") is not compiled("regex", "kept*")
+
+
+def test_any_text_in_a_call_ends_with_its_tag(seed: int) -> None:
+    draw = random.Random(seed)
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    grammar = compiled("tools", [tool(schema)])
+    for _ in range(100):
+        value = "".join(draw.choices(["<", "/", ">", "a", " ", "</", "<b>"], k=9))
+        text = call("find", ("city", True, value)) + END
+        assert held(grammar, text) == text + "."
+
+
+def test_a_tag_that_is_only_spelled_does_not_end_a_text() -> None:
+    grammar = compiled("tools", [tool({"type": "object"})])
+    walk, said = grammar.start(), b""
+    opened, closed = (
+        call("find", ("city", True, "x")).split("</｜DSML｜parameter>")[0],
+        "</｜DSML｜",
+    )
+    for token in [*TOKENIZER.encode(opened, special=True), *TOKENIZER.encode(closed)]:
+        if not walk.allowed()[token // 8] >> token % 8 & 1:
+            break
+        walk.accept(token)
+        said += TOKENIZER.token_bytes(token)
+    assert "</｜DSML" not in said.decode("utf-8", "ignore") and said.split(b"x")[-1][:2] == b"</"
+
+
+@pytest.mark.parametrize("ref", ["#", "#/properties/name", "#/$defs/name"])
+def test_a_parameter_refers_to_the_schema_of_its_tool(ref: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"enum": ["leaf", "branch"]},
+            "children": {"type": "array", "items": {"$ref": ref}},
+        },
+        "required": ["name", "children"],
+        "additionalProperties": False,
+        "$defs": {"name": {"$ref": "#/properties/name"}},
+    }
+    grammar = compiled("tools", [tool(schema)])
+    child = '{"name": "branch", "children": [{"name": "leaf", "children": []}]}'
+    child = child if ref == "#" else '"branch"'
+    name = ("name", False, '"branch"')
+    right = call("find", name, ("children", False, f"[{child}, {child}]")) + END
+    assert held(grammar, right) == right + "."
+    wrong = call("find", name, ("children", False, f"[{child}, []]")) + END
+    assert held(grammar, wrong).endswith(f"[{child},")
+
+
+@pytest.mark.parametrize("more", [0, 1, 7, 8, 500])
+def test_a_model_may_have_more_ids_than_its_tokenizer(more: int) -> None:
+    """The sampler takes a mask of the model's ids; none that the tokenizer lacks is chosen."""
+    known = TOKENIZER.vocab_size
+    grammar = Grammars(TOKENIZER, known + more).compile(Wanted("regex", "a"))
+    walk = grammar.start()
+    for token in TOKENIZER.encode("a"):
+        mask = walk.allowed()
+        assert len(mask) == -(-(known + more) // 8)
+        assert int.from_bytes(mask, "little") < 2**known
+        walk.accept(token)
+    assert walk.allowed() == (1 << TOKENIZER.eos_id).to_bytes(len(mask), "little")
+
+
+def test_what_parameters_refer_to_is_bounded() -> None:
+    """It is written out for each of them."""
+    properties: dict[str, Any] = {f"p{n}": {"type": "integer"} for n in range(900)}
+    definitions = {f"d{n}": {"type": "string"} for n in range(300)}
+    for schema in (
+        {"properties": properties, "$defs": definitions},
+        {"properties": properties | {"root": {"$ref": "#"}}},
+        {"properties": properties | {"root": {"$ref": "#"}}, "$defs": 5},
+    ):
+        with pytest.raises(DialectError, match="bytes in all"):
+            compiled("tools", [tool(schema)])

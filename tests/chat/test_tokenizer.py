@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Encoding
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers.models import WordLevel
 
@@ -18,7 +19,9 @@ from overleap.chat.tokenizer import (
     DSML,
     END_THINK,
     EOS,
+    NEAR,
     PAD,
+    PIECE,
     SPECIAL_TOKENS,
     TASKS,
     THINK,
@@ -85,13 +88,51 @@ def test_long_texts_are_encoded_in_pieces_that_do_not_show(
     rng, tokenizer = random.Random(seed), tokenizers[which]
     lines = Path(__file__).read_text("utf-8").splitlines(keepends=True)
     odd = ["\n", "\n\n", "  \n", "\t\n", "\r\n", "    ", "ab\n12345\n", "字\n字", "🙂\n!", "\n?\n"]
+    runs = [rng.choice("a1 \n!_é字，\u0301'\u0e19") * rng.randint(1, 99) for _ in range(99)]
     for _ in range(20):
-        text = "".join(rng.choice(rng.choice((lines, odd))) for _ in range(rng.randint(1, 300)))
+        kinds = rng.choice(((lines, odd), (lines, odd, runs), (runs,)))
+        text = "".join(rng.choice(rng.choice(kinds)) for _ in range(rng.randint(1, 300)))
         whole = tokenizer.encode(text)
         for piece in (65, rng.randint(66, 500)):
             monkeypatch.setattr("overleap.chat.tokenizer.PIECE", piece)
             assert tokenizer.encode(text) == whole
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps([{"name": f"n{i}", "at": [i, None]} for i in range(5000)], indent=2),
+        json.dumps(
+            [{"name": f"n{i}", "at": [i, None]} for i in range(5000)], separators=(",", ":")
+        ),
+        "    and so on\n" * 20_000,
+        "word " * 50_000,
+        "字，" * 100_000,
+    ],
+    ids=["indented", "dense", "lines", "words", "chinese"],
+)
+@pytest.mark.parametrize("which", BOTH)
+def test_a_long_text_is_never_encoded_as_a_whole(
+    tokenizers: dict[str, Tokenizer],
+    references: dict[str, HfTokenizer],
+    which: str,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pieces: list[str] = []
+    tokenizer, library = tokenizers[which], tokenizers[which]._plain
+
+    class Spy:
+        normalizer, pre_tokenizer = library.normalizer, library.pre_tokenizer
+
+        def encode_batch_fast(self, texts: list[str], **more: bool) -> list[Encoding]:
+            pieces.extend(texts)
+            return library.encode_batch_fast(texts, **more)
+
+    monkeypatch.setattr(tokenizer, "_plain", Spy())
+    assert tokenizer.encode(text) == references[which].encode(text, add_special_tokens=False).ids
+    assert "".join(pieces) == text and max(map(len, pieces)) <= PIECE + NEAR
 
 
 def test_a_cut_character_waits_and_ends_in_one_replacement(tokenizer: Tokenizer) -> None:

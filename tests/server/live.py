@@ -44,11 +44,9 @@ Script = Callable[[str], str]  # the text of a prompt -> what is answered, speci
 class ScriptedModel(FakeModel):
     """Answers from a script. The prompt ends where the last <｜Assistant｜> and its opening do."""
 
-    def __init__(self, script: Script) -> None:
+    def __init__(self, script: Script, vocab_size: int = TOKENIZER.vocab_size) -> None:
         super().__init__()
-        self.config = replace(
-            CONFIG, vocab_size=TOKENIZER.vocab_size, max_position_embeddings=2**17
-        )
+        self.config = replace(CONFIG, vocab_size=vocab_size, max_position_embeddings=2**17)
         self.script = script
         self.delay_s = 0.0
         self.gate: threading.Semaphore | None = None  # a step takes one of it
@@ -68,7 +66,7 @@ class ScriptedModel(FakeModel):
             self._answers[prompt] = TOKENIZER.encode(self.script(prompt), special=True)
         answer = self._answers[prompt]
         right = answer[len(said)] if said == answer[: len(said)] and len(said) < len(answer) else 1
-        logits = torch.linspace(0, -1, TOKENIZER.vocab_size)
+        logits = torch.linspace(0, -1, self.config.vocab_size)
         logits[right] = 30.0
         return logits
 
@@ -120,6 +118,7 @@ def live(
     profile: str = "v4-flash",
     context: int = 2**16,
     slots: int = 8,
+    vocab_size: int | None = None,
     tiers: Path | None = None,
     needs_keys: bool = False,
     **settings: Any,
@@ -138,7 +137,7 @@ def live(
     service = assemble(
         Parts(
             settings=chosen,
-            model=Model(TOKENIZER, profile_named(profile), context, 1, "fp_test"),
+            model=Model(TOKENIZER, profile_named(profile), context, 1, "fp_test", vocab_size),
             engine=engine,
             slots=slots,
             database=database,
@@ -181,16 +180,18 @@ def scripted(
     *,
     pages: int = 512,
     slots: int = 8,
+    vocab_size: int = TOKENIZER.vocab_size,
     delay_s: float = 0.0,
     gate: threading.Semaphore | None = None,
 ) -> Callable[[], Engine]:
     """Makes engines whose model answers from a script.
 
-    delay_s  that a step takes at least; gate: every step takes one of it
+    vocab_size  of the model, which may have more ids than the tokenizer
+    delay_s     that a step takes at least; gate: every step takes one of it
     """
 
     def make() -> Engine:
-        model = ScriptedModel(script)
+        model = ScriptedModel(script, vocab_size)
         model.delay_s, model.gate = delay_s, gate
         return Engine(
             model,  # type: ignore[arg-type]
