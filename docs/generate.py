@@ -14,13 +14,14 @@ import typer
 
 import overleap.errors
 from overleap.cli import app
-from overleap.eval.record import Record, read
+from overleap.eval.record import Record, Scalar, read
 from overleap.kernels import spec
 from overleap.kernels.conformance import RULES
 from overleap.kernels.cost import COSTS
 
 RECORDS = Path(__file__).parents[1] / "results" / "conform.jsonl"
 REFERENCE = Path(__file__).parent / "reference"
+Column = dict[str, tuple[Record, dict[str, Scalar]]]  # of every op the newest run, and its row
 NOTE = "<!-- written by docs/generate.py; change the code, then run `make docs` -->\n"
 
 
@@ -98,31 +99,50 @@ def errors() -> str:
 
 def support() -> str:
     """What was proven, where and when: the newest record of every chip and backend."""
-    newest: dict[tuple[str, str], Record] = {}
+    columns: dict[tuple[str, str], Column] = {}
     for record in read(RECORDS):
-        newest[_chip(record), str(record.settings["backend"])] = record
+        column = columns.setdefault((_chip(record), str(record.settings["backend"])), {})
+        column |= {str(row["op"]): (record, row) for row in record.numbers}
     out = [NOTE, "# What was proven, on what, and when\n"]
     out.append(
         "Each column is a run of `overleap conform --record results` in `results/conform.jsonl`, "
-        "the newest of its chip and backend; what is not here was not run. A cell says who served "
+        "the newest of its chip and backend; what is not here was not run. Where a newer run was "
+        "of some ops only, it stands beside. A cell says who served "
         "the op, how many cases passed, and, where it was timed, the share of the machine's own "
         "ceiling that the fastest of them reached. How to add a column: "
         "[port a chip](../guides/port-a-chip.md).\n"
     )
-    runs = sorted(newest.items())
-    for (chip, backend), record in runs:
-        commit = record.commit or "none"
-        changed = " with changes" * commit.endswith("+")
-        facts = f"{record.date[:10]}, commit `{commit[:10]}`{changed}, torch "
-        facts += f"{record.versions['torch']}, {record.settings['threads']} threads"
-        passed = sum(int(row["passed"] or 0) for row in record.numbers)
-        cases = sum(int(row["cases"] or 0) for row in record.numbers)
-        out.append(f"- **{backend} on {chip}**: {passed} of {cases} cases passed ({facts})")
+    runs = sorted(columns.items())
+    for (chip, backend), column in runs:
+        out.append(f"- **{backend} on {chip}**: {_facts(column)}")
     names = [f"{backend} on {chip}" for (chip, backend), _ in runs]
     out.append("\n| op | " + " | ".join(names) + " |\n| --- |" + " --- |" * len(names))
     for op in spec.OP_NAMES:
-        out.append(f"| `{op}` | " + " | ".join(_cell(op, record) for _, record in runs) + " |")
+        out.append(f"| `{op}` | " + " | ".join(_cell(op, column) for _, column in runs) + " |")
     return "\n".join(out) + "\n"
+
+
+def _facts(column: Column) -> str:
+    """The cases of all its ops, and the runs that they come from; the one of most ops first."""
+    rows = [column[op] for op in spec.OP_NAMES if op in column]
+    passed, cases = (sum(int(row[name] or 0) for _, row in rows) for name in ("passed", "cases"))
+    ops: dict[int, list[str]] = {}
+    for record, row in rows:
+        ops.setdefault(id(record), []).append(f"`{row['op']}`")
+    records = {id(record): record for record, _ in rows}
+    first, *others = sorted(ops, key=lambda number: -len(ops[number]))
+    said = [_run(records[first])]
+    said += [f"{', '.join(ops[number])}: {_run(records[number])}" for number in others]
+    return f"{passed} of {cases} cases passed ({'; '.join(said)})"
+
+
+def _run(record: Record) -> str:
+    commit = record.commit or "none"
+    changed = " with changes" * commit.endswith("+")
+    return (
+        f"{record.date[:10]}, commit `{commit[:10]}`{changed}, torch "
+        f"{record.versions['torch']}, {record.settings['threads']} threads"
+    )
 
 
 def _chip(record: Record) -> str:
@@ -133,14 +153,14 @@ def _chip(record: Record) -> str:
     return record.machine.cpu + interpreted
 
 
-def _cell(op: str, record: Record) -> str:
-    for row in record.numbers:
-        if row["op"] == op:
-            result = "" if row["passed"] == row["cases"] else "FAILED: "
-            share = row["share"]
-            speed = f", {100 * float(share):.0f} % of {row['ceiling']}" if share else ""
-            return f"{result}{row['backend']}, {row['passed']} of {row['cases']}{speed}"
-    return "not run"
+def _cell(op: str, column: Column) -> str:
+    if op not in column:
+        return "not run"
+    _, row = column[op]
+    result = "" if row["passed"] == row["cases"] else "FAILED: "
+    share = row["share"]
+    speed = f", {100 * float(share):.0f} % of {row['ceiling']}" if share else ""
+    return f"{result}{row['backend']}, {row['passed']} of {row['cases']}{speed}"
 
 
 PAGES = {"commands.md": commands, "ops.md": ops, "errors.md": errors, "support.md": support}

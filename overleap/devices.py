@@ -5,6 +5,7 @@ for. Not here: kernels (kernels/__init__.py says who serves a device). Read next
 """
 
 import importlib
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overleap.errors import BackendError
+from overleap.machine import cpu_info
 from overleap.machine import free_bytes as host_free_bytes
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ class Kind:
     package    what has to be imported before torch knows the type; None for torch itself
     node       device file that is there when a chip is plugged in, or None
     hint       what makes torch drive it
+    packed     whether it holds weights in FP8 and FP4
     """
 
     name: str
@@ -41,6 +44,7 @@ class Kind:
     package: str | None = None
     node: str | None = None
     hint: str = "install a build of torch for it"
+    packed: bool = True
 
 
 KINDS = (
@@ -54,37 +58,57 @@ KINDS = (
          "install torch_npu"),
     Kind("mlu", "mlu", "a Cambricon MLU", "cncl", None, "torch_mlu", "/dev/cambricon_dev0",
          "install torch_mlu"),
-    Kind("mps", "mps", "an Apple GPU", "gloo", hint="install torch for macOS on Apple silicon"),
+    Kind("mps", "mps", "an Apple GPU", "gloo", hint="install torch for macOS on Apple silicon",
+         packed=False),
     Kind("cpu", "cpu", "the CPU", "gloo", "cpu"),
 )  # fmt: skip
 CPU = KINDS[-1]
 
 
-def find(name: str = "auto") -> "torch.device":
+def find(name: str = "auto", packed: bool = False) -> "torch.device":
     """The device of this name: a kind, perhaps with a number (`npu:1`), or another type that torch
     knows. `auto` takes the first kind that is there, the CPU last.
 
-    Raises BackendError where it is not there, with what would bring it.
+    packed  weights in FP8 and FP4 go there, which not every kind holds
+    Raises BackendError where it is not there, with what would bring it, or holds no such weights.
     """
     import torch
 
     if name == "auto":
-        return torch.device(next(kind for kind in KINDS if present(kind)).type)
+        kinds = (kind for kind in KINDS if kind.packed or not packed)
+        return torch.device(next(kind for kind in kinds if present(kind)).type)
     word, _, number = name.partition(":")
     kind = next((kind for kind in KINDS if kind.name == word), None)
     if kind is None:
-        try:
-            return torch.device(name)
-        except RuntimeError:
-            known = ", ".join(kind.name for kind in reversed(KINDS))
-            raise BackendError(
-                f"no device is called {name!r}", f"devices are {known}, or auto"
-            ) from None
+        return _unlisted(name)
+    if packed and not kind.packed:
+        raise BackendError(
+            f"{kind.what} ({kind.name}) holds no weights in FP8 or FP4, and these are packed so",
+            "use the CPU, or a copy by `overleap models convert MODEL FOLDER --form bf16`",
+        )
     if not present(kind):
         raise BackendError(f"{kind.what} ({kind.name}) was not found by torch", kind.hint)
     if number and (not number.isdigit() or int(number) >= count(kind)):
         raise BackendError(f"{name} is not there: {kind.name} has {count(kind)}, the first is 0")
     return torch.device(f"{kind.type}:{number}" if number else kind.type)
+
+
+def _unlisted(name: str) -> "torch.device":
+    """The device of a type that is not in the table, where torch drives one."""
+    import torch
+
+    hint = f"devices are {', '.join(kind.name for kind in reversed(KINDS))}, or auto"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise BackendError(f"no device is called {name!r}", hint) from None
+    try:
+        there = bool(torch.get_device_module(device.type).is_available())
+    except (RuntimeError, AttributeError):  # a name and nothing behind it, like `meta`
+        there = False
+    if not there:
+        raise BackendError(f"torch knows the name {name!r}, but drives no such device here", hint)
+    return device
 
 
 def kind_of(device: "torch.device") -> Kind:
@@ -141,6 +165,12 @@ def title(device: "torch.device") -> str:
         torch.get_device_module(device), "get_device_name", None
     )
     return kind_of(device).name if name_of is None else str(name_of(device))
+
+
+def cpu_name() -> str:
+    """What this machine's processor is called; as well as the system tells it."""
+    # Arm kernels do not name the model.
+    return cpu_info().get("model name") or platform.processor() or platform.machine()
 
 
 def driver() -> str:

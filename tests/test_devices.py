@@ -121,6 +121,23 @@ def test_a_name_that_nothing_has() -> None:
     assert all(kind.name in str(refused.value.hint) for kind in KINDS)
 
 
+@pytest.mark.parametrize("name", ["hpu", "xla", "meta", "vulkan", "xla:1"])
+def test_a_type_that_torch_only_names_is_refused(name: str) -> None:
+    with pytest.raises(BackendError, match=f"torch knows the name '{name}', but drives no"):
+        devices.find(name)
+
+
+def test_packed_weights_go_to_no_kind_that_cannot_hold_them(
+    npu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "present", lambda kind: kind.name in ("mps", "cpu"))
+    assert str(devices.find("auto")) == str(devices.find("mps")) == "mps"
+    assert str(devices.find("auto", packed=True)) == "cpu"
+    with pytest.raises(BackendError, match=r"Apple GPU .* FP8 or FP4, and these are") as refused:
+        devices.find("mps", packed=True)
+    assert "--form bf16" in str(refused.value.hint)
+
+
 def test_files_tell_what_is_plugged_in(tmp_path: Path) -> None:
     assert devices.plugged_in(tmp_path) == []
     (tmp_path / "dev").mkdir()

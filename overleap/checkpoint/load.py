@@ -135,7 +135,8 @@ def build(
     """A model from an opened checkpoint; arguments as for load() and placing.experts_at()."""
     if dtype is None:
         dtype = torch.float32 if wide else checkpoint.tensor("embed.weight").dtype
-    where = find_device(str(device))
+    packed = checkpoint.config.quantization_config is not None and not wide
+    where = find_device(str(device), packed)
     sizes = tensor_bytes(checkpoint, dtype, wide)
     experts = experts_at(sizes, where, spare_bytes, memory_bytes)
     ops = select(backend, where.type)

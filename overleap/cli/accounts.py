@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, DecimalException
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -120,10 +120,11 @@ def revoke(key: KeyId, ledger: Ledger = None, as_json: Json = False) -> None:
     _done(key, f"{key} is revoked", as_json)
 
 
-@keys.command()
+# What is below zero begins as an option does.
+@keys.command(context_settings={"ignore_unknown_options": True})
 def credit(
     key: KeyId,
-    amount: Annotated[str, typer.Argument(help="Like 12.50; below zero takes back.")],
+    amount: Annotated[str, typer.Argument(help="Like 12.50; below zero (-5) takes back.")],
     ledger: Ledger = None,
     as_json: Json = False,
 ) -> None:
@@ -227,7 +228,7 @@ def _nanos(amount: str) -> int:
         nanos = Decimal(amount).scaleb(9)
         if nanos == nanos.to_integral_value() and abs(nanos) < 10**18:
             return int(nanos)
-    except InvalidOperation:
+    except DecimalException:  # no number, or one with an exponent beyond all reason
         pass
     raise ConfigError(f"{amount!r} is no amount", "write it like 12.50, below 1,000,000,000")
 

@@ -3,6 +3,8 @@
 Not here: commands. Read next: talk.py.
 """
 
+import errno
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,12 +70,27 @@ CACHE_SPACE = "4GiB"
 def main() -> None:
     """Entry point: errors meant for people end with status 1, not with a trace."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except OverleapError as error:
         screen.show_error(error)
         sys.exit(1)
     except BrokenPipeError:
+        _give_up_output()
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        _give_up_output()
+        screen.show_error(OverleapError(f"what was found cannot be written: {error.strerror}"))
+        sys.exit(1)
+
+
+def _give_up_output() -> None:
+    """Else Python writes what is left of it once more when it ends, and complains."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def cache_format_of(name: str) -> Any:

@@ -8,16 +8,25 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from overleap.cli import screen
 from overleap.cli.app import CacheKind, Device, Json, Threads, app, cache_format_of
+from overleap.cli.versus import compare
 from overleap.errors import RequestError
 from overleap.machine import peak_resident_bytes, size
 
+if TYPE_CHECKING:
+    from overleap.eval.speed import Speed
+
 Results = Annotated[Path, typer.Option(help="Folder of the record.")]
+Patience = Annotated[
+    float | None,
+    typer.Option(help="Stop a reading of --versus that takes so many times as long as ours."),
+]
+Drawn = Annotated[int, typer.Option(help="Of the text, and of random weights.", min=0, max=2**62)]
 Save = Annotated[bool, typer.Option(help="Add the record to the folder.")]
 Measured = Annotated[
     str | None,
@@ -45,8 +54,20 @@ class _Output:
     as_json: bool
 
 
+# What says nothing to a way of measuring, by the names of the parameters.
+_BY_DEPTH = ("model", "depth", "to", "decode", "chunk", "cache")
+_IN_TURNS = ("rounds", "patience")
+_UNUSED = {
+    "--versus v3.2": (*_BY_DEPTH, *_IN_TURNS),
+    "--geometry": ("versus", *_BY_DEPTH, *_IN_TURNS),
+    "--versus": ("to", "cache", "geometry", "context"),
+    "a run by depth": ("context", *_IN_TURNS),
+}
+
+
 @app.command()
 def bench(
+    frame: typer.Context,
     model: Measured = None,
     depth: Annotated[
         list[int] | None, typer.Option(help="Tokens; may be repeated. Else 1K, 4K, 16K, ...")
@@ -69,12 +90,9 @@ def bench(
     ] = None,
     versus: Peers = None,
     rounds: Annotated[int, typer.Option(help="Readings at each depth, of --versus.", min=1)] = 3,
-    patience: Annotated[
-        float | None,
-        typer.Option(help="Stop a reading of --versus that takes so many times as long as ours."),
-    ] = None,
+    patience: Patience = None,
     threads: Threads = None,
-    seed: Annotated[int, typer.Option(help="Of the text, and of random weights.")] = 0,
+    seed: Drawn = 0,
     results: Results = Path("results"),
     save: Save = True,
     plot: Annotated[bool, typer.Option("--plot", help="Also draw it: a PNG beside it.")] = False,
@@ -95,10 +113,12 @@ def bench(
     if versus and device != "cpu":
         raise RequestError(f"--versus compares on the CPU, --device is {device}")
     _refuse_plot(plot, save, geometry is not None or bool(versus))
+    way = _way(versus, geometry)
+    _refuse_unfit(frame, way, context)
     backends = backend or ["auto"]
     settings = _settings(backends, device, threads, seed)
     output = _Output(results, save, plot, as_json)
-    if versus and "v3.2" in versus:
+    if versus and way == "--versus v3.2":
         _generations(versus, geometry, context, backends, settings, output)
         return
     if geometry is not None:
@@ -106,9 +126,34 @@ def bench(
         return
     settings |= {"cache": cache, "chunk_tokens": chunk, "decode_steps": decode}
     if versus:
-        _compare(model, depth, versus, rounds, backends, patience, settings, output)
+        found = compare(model, depth, versus, rounds, backends, patience, settings)
+        _report("versus", *found, output)
         return
     _speed(model, depth, to, backends, settings, output)
+
+
+def _way(versus: list[str] | None, geometry: str | None) -> str:
+    """Of measuring, as _UNUSED calls it."""
+    if versus and "v3.2" in versus:
+        return "--versus v3.2"
+    if geometry is not None:
+        return "--geometry"
+    return "--versus" if versus else "a run by depth"
+
+
+def _refuse_unfit(frame: typer.Context, way: str, context: int) -> None:
+    """Raise for what was given and would do nothing, and for a cache that is not of whole pages."""
+    given = []
+    for name in _UNUSED[way]:
+        source = frame.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            given.append("MODEL" if name == "model" else f"--{name}")
+    if given:
+        raise RequestError(f"{', '.join(given)} would do nothing in {way}", "leave it out")
+    if "context" not in _UNUSED[way] and (context < 128 or context % 128):
+        raise RequestError(
+            f"--context is {context}", "it must be a multiple of 128, and 128 at least"
+        )
 
 
 def _refuse_plot(plot: bool, save: bool, other: bool) -> None:
@@ -118,22 +163,6 @@ def _refuse_plot(plot: bool, save: bool, other: bool) -> None:
             "--plot draws the saved record of a run by depth",
             "leave out --no-save and --geometry",
         )
-
-
-def _compare(
-    model: str | None,
-    depth: list[int] | None,
-    versus: list[str],
-    rounds: int,
-    backends: list[str],
-    patience: float | None,
-    settings: dict[str, Any],
-    output: _Output,
-) -> None:
-    """Ours and other programs on one checkpoint."""
-    from overleap.cli.versus import compare
-
-    _report("versus", *compare(model, depth, versus, rounds, backends, patience, settings), output)
 
 
 def _settings(backends: list[str], device: str, threads: int | None, seed: int) -> dict[str, Any]:
@@ -177,36 +206,54 @@ def _speed(
     output: _Output,
 ) -> None:
     """Read one text up to each depth, and write a little there; again with every backend."""
-    from overleap.eval.speed import Speed, ladder, open_model, rows_of, speed
+    from overleap.eval.speed import Speed, ladder, open_model, speed
     from overleap.kernels import native
 
     form = cache_format_of(settings["cache"])
     depths = depth or (None if to is None else ladder(to))
     found: dict[str, list[Speed]] = {}
-    name, weights = "", None
-    for backend in backends:
-        built, name, weights = open_model(model, settings["seed"], backend, settings["device"])
-        with screen.bar(f"reading with {backend}", "tokens") as bar:
-            found[backend] = speed(
-                built,
-                depths,
-                decode_tokens=settings["decode_steps"],
-                chunk_tokens=settings["chunk_tokens"],
-                format=form,
-                seed=settings["seed"],
-                native=native(backend, built.device.type),
-                progress=bar,
-            )
-        settings["config"] = json.dumps(built.config.to_dict())  # `overleap plan` learns from it
-        del built  # before the next one is opened
-    settings["model"] = name
+    weights = None
+    try:
+        for backend in backends:
+            built, name, weights = open_model(model, settings["seed"], backend, settings["device"])
+            settings["config"] = json.dumps(built.config.to_dict())  # `overleap plan` learns of it
+            settings["model"] = name
+            with screen.bar(f"reading with {backend}", "tokens") as bar:
+                measured = speed(
+                    built,
+                    depths,
+                    decode_tokens=settings["decode_steps"],
+                    chunk_tokens=settings["chunk_tokens"],
+                    format=form,
+                    seed=settings["seed"],
+                    native=native(backend, built.device.type),
+                    progress=bar,
+                )
+                found[backend] = []
+                for one in measured:
+                    found[backend].append(one)
+            del built, measured  # before the next one is opened
+    finally:  # what was measured is told and kept, whatever came then
+        if any(found.values()):
+            _tell_speed(found, backends, settings, weights, output)
+
+
+def _tell_speed(
+    found: "dict[str, list[Speed]]",
+    backends: list[str],
+    settings: dict[str, Any],
+    weights: str | None,
+    output: _Output,
+) -> None:
+    from overleap.eval.speed import rows_of
+
     numbers = rows_of(found)
     columns = ["depth", "prefill/s", "latest/s", "decode/s", "cache", "peak (to predicted)"]
     if len(backends) > 1:
         columns = ["backend", *columns[:4], "peak", f"of {backends[0]}"]
     title = (
-        f"{name}, one sequence: tokens/s of all tokens read, of those since the depth before, "
-        "and of writing"
+        f"{settings['model']}, one sequence: tokens/s of all tokens read, of those since the "
+        "depth before, and of writing"
     )
     shown = screen.Shown(
         title, columns, [_cells(row, backends[0], len(backends) > 1) for row in numbers]

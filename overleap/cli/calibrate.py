@@ -41,8 +41,8 @@ def check(
     found = against_others(runs_of(results))
     here = Where.here()
     if not every:
-        found = [one for one in found if (one.run.where.cpu, one.run.where.cores) ==
-                 (here.cpu, here.cores)]  # fmt: skip
+        found = [one for one in found if (one.run.where.cpu, one.run.where.cores,
+                 one.run.where.device) == (here.cpu, here.cores, here.device)]  # fmt: skip
     if not found:
         raise RequestError(
             f"{results} has no record of this machine that says the model's config",

@@ -57,6 +57,8 @@ def tasks(
 
     if kind not in KINDS:
         raise RequestError(f"--kind is {kind!r}", f"kinds are {', '.join(KINDS)}")
+    if plot is not None:
+        grid.refuse_plot(plot)
     reader = Reader.open(model, format=cache_format_of(cache), dense=dense, device=device)
     chosen = range(first_seed, first_seed + seeds)
     lengths = tokens or [4096]

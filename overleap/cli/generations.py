@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 from overleap.cli import screen
-from overleap.errors import RequestError
 
 
 def versus_previous(
@@ -16,7 +15,7 @@ def versus_previous(
     """Measure; returns the table (title, columns, rows), and a record's numbers and settings.
 
     geometry  whose width and depth both have: v4-pro (that of V3.2) where it is not given
-    context   the longest that is measured, in steps of four times up to it
+    context   the longest that is measured, in steps of four times up to it; whole pages
     """
     from overleap.config import ModelConfig
     from overleap.eval.generations import CONTEXTS, generations
@@ -25,8 +24,6 @@ def versus_previous(
 
     name = geometry or "v4-pro"
     config = ModelConfig.preset(name)
-    if context % 128:
-        raise RequestError(f"--context is {context}", "it must be a multiple of 128 here")
     # Where one thread computes, its processor time tells more than a clock that others hold up.
     alone = settings["threads"] == 1
     clock = time.process_time if alone else time.perf_counter

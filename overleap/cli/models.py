@@ -90,8 +90,10 @@ def verify(
         word = "sound" if report.ok else f"{len(report.problems)} problems"
         print(f"{folder}: {word}, {report.tensors} tensors, {size(report.bytes)}")
         if not report.has_manifest:
-            screen.talk.print(
+            screen.note(
                 "no manifest: names, types and shapes were checked, flipped bits cannot be seen"
+                if report.tensors
+                else "no manifest, and no tensor that could be checked"
             )
     if not report.ok:
         raise typer.Exit(1)

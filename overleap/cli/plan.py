@@ -16,7 +16,7 @@ from overleap.cli import screen
 from overleap.cli.app import CacheKind, Json, app, cache_format_of
 from overleap.config import PRESETS, ModelConfig
 from overleap.engine.budget import parse_bytes
-from overleap.errors import ConfigError, RequestError
+from overleap.errors import ConfigError, OverleapError, RequestError
 from overleap.machine import size
 from overleap.plan import calibrate
 
@@ -81,15 +81,20 @@ def fit(
 
     Example: `overleap plan v4-flash --context 1048576 --memory 80GiB`
     """
+    if not chip:
+        _refuse_of_chips(count=count > 1, price=price is not None, ram=ram is not None)
     config = config_of(model)
     form = cache_format_of(cache)
     load = plan.Load(config, tokens, users, precision, form, chunk)
     money = plan.Money(years, power_price, cooling, other, busy, price)
     ram_bytes = 0 if ram is None else parse_bytes(ram)
     have = None if memory is None else parse_bytes(memory)
+    chosen = _chips(chip, have)
+    if ram is not None:
+        _expect_host(chosen)
     found = [
         plan.plan(load, plan.Machine(one, count, ram_bytes, parse_bytes(disk_speed)), money)
-        for one in _chips(chip, have)
+        for one in chosen
     ]
     here = not chip and have is None
     others = list(plan.machines(load, money)) if here else []
@@ -119,6 +124,25 @@ def config_of(name: str) -> ModelConfig:
         f"{name!r} is no folder and no preset",
         f"presets are {', '.join(sorted(PRESETS))}; a folder needs only its config.json",
     )
+
+
+def _refuse_of_chips(**given: bool) -> None:
+    """Raise for what is said of chips where none is named."""
+    for name, there in given.items():
+        if there:
+            raise RequestError(
+                f"--{name} is of a chip, and none is named",
+                "name one with --chip; `overleap plan chips` lists them",
+            )
+
+
+def _expect_host(chosen: list[plan.Chip]) -> None:
+    """Raise where no chip has a host whose memory is another one."""
+    if not any(one.has_host for one in chosen):
+        raise RequestError(
+            f"--ram is of a host beside the chip, {chosen[0].label} has one memory",
+            "give --memory for all of it",
+        )
 
 
 def _chips(names: list[str] | None, have: int | None) -> list[plan.Chip]:
@@ -172,9 +196,14 @@ def _forecast(found: plan.Plan, results: Path) -> calibrate.Forecast | None:
     """What records of this machine say of a load that fits into it."""
     if not found.fits:
         return None
-    load, runs = found.load, calibrate.runs_of(results)
-    chunk = found.memory.chunk
-    return calibrate.forecast(load.config, load.context, chunk, runs, calibrate.Where.here())
+    load, chunk = found.load, found.memory.chunk
+    try:
+        runs = calibrate.runs_of(results)
+    except OverleapError as error:
+        screen.note(f"{error.message}; planned without records")
+        return None
+    where = calibrate.Where.here(runs, load.config)
+    return calibrate.forecast(load.config, load.context, chunk, runs, where)
 
 
 def _measured(known: calibrate.Forecast) -> str:

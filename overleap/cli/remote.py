@@ -49,9 +49,10 @@ class Remote:
         with self._open("/models", None) as response:
             found = _read(response)
         data = found.get("data") if isinstance(found, dict) else None
-        if not data:
+        first = data[0] if isinstance(data, list) and data else None
+        if not isinstance(first, dict) or not first.get("id"):
             raise RequestError(f"{self.url} serves no model", "name one with --model")
-        return str(data[0]["id"])
+        return str(first["id"])
 
     def say(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Stream an answer to the screen; the message, as it goes back with the next question.
@@ -65,19 +66,18 @@ class Remote:
         with self._open("/chat/completions", asked) as response:
             for event in _events(response):
                 if error := event.get("error"):
-                    said = error.get("message") if isinstance(error, dict) else error
-                    raise RequestError(f"the server broke off: {said}")
+                    why = error.get("message") if isinstance(error, dict) else error
+                    raise RequestError(f"the server broke off: {why}")
                 usage = event.get("usage") or usage
-                for choice in event.get("choices", ()):
-                    delta = choice["delta"]
-                    if delta.get("reasoning_content"):
-                        reasoning.append(delta["reasoning_content"])
-                        screen.talk.print(reasoning[-1], style="dim", end="", markup=False)
-                    if delta.get("content"):
-                        content.append(delta["content"])
-                        sys.stdout.write(content[-1])
-                        sys.stdout.flush()
-                    first = first or (time.monotonic() if content or reasoning else None)
+                thought, said = _said(event)
+                if thought:
+                    reasoning.append(thought)
+                    screen.talk.print(thought, style="dim", end="", markup=False)
+                if said:
+                    content.append(said)
+                    sys.stdout.write(said)
+                    sys.stdout.flush()
+                first = first or (time.monotonic() if content or reasoning else None)
         sys.stdout.write("\n")
         sys.stdout.flush()
         _account(usage, began, first)
@@ -112,7 +112,7 @@ def _refusal(error: urllib.error.HTTPError) -> str:
 def _read(response: Any) -> Any:
     try:
         return json.loads(response.read())
-    except ValueError:
+    except (ValueError, OSError, HTTPException):
         return None
 
 
@@ -125,22 +125,43 @@ def _events(response: Any) -> Iterator[dict[str, Any]]:
             data = line[5:].strip()
             if data == b"[DONE]":
                 return
-            yield json.loads(data)
+            event = json.loads(data)
+            if not isinstance(event, dict):
+                raise ValueError(f"an event is {data[:80]!r}")
+            yield event
     except (OSError, ValueError, HTTPException) as error:
         raise RequestError(f"the server broke off: {error!r}") from None
     raise RequestError("the server broke off: the answer ended before its end")
 
 
-def _account(usage: Mapping[str, Any] | None, began: float, first: float | None) -> None:
-    if usage is None or first is None:
+def _said(event: Mapping[str, Any]) -> tuple[str, str]:
+    """What an event adds to the reasoning and to the content. RequestError where it is no event of
+    this API; one without choices, or a choice without a delta, says nothing."""
+    try:
+        deltas = [choice.get("delta") or {} for choice in event.get("choices") or ()]
+        thought = "".join(delta.get("reasoning_content") or "" for delta in deltas)
+        return thought, "".join(delta.get("content") or "" for delta in deltas)
+    except (AttributeError, TypeError):
+        said = json.dumps(event)[:80]
+        raise RequestError(f"the server broke off: an event is {said}") from None
+
+
+def _account(usage: Any, began: float, first: float | None) -> None:
+    """What it took, where the server counts as others do."""
+    if not isinstance(usage, dict) or first is None:
         return
-    read, written = usage["prompt_tokens"], usage["completion_tokens"]
-    hit = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+    read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    if not isinstance(read, int) or not isinstance(written, int):
+        return
+    details = usage.get("prompt_tokens_details")
+    hit = details.get("cached_tokens") if isinstance(details, dict) else 0
     seconds = time.monotonic() - first
+    # The first token was there when the clock began.
+    rate = f", {(written - 1) / seconds:,.1f} tokens/s" if written > 1 and seconds > 0 else ""
     parts = [
-        f"{read:,} tokens read ({hit:,} cached)",
+        f"{read:,} tokens read ({hit or 0} cached)",
         f"first token after {first - began:.2f} s",
-        f"{written:,} written" + (f", {written / seconds:,.1f} tokens/s" if seconds > 0 else ""),
+        f"{written:,} written" + rate,
     ]
     screen.note(" · ".join(parts))
 

@@ -48,10 +48,10 @@ class Shown:
 
 
 def put_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table on stdout."""
+    """A table on stdout. Nothing is cut off: what is too wide is folded, but for ids of keys."""
     table = Table(title=Text(title), title_justify="left")
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, overflow="fold", no_wrap=column == "key")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     Console(highlight=False, emoji=False).print(table)

@@ -71,11 +71,7 @@ def serve(
     preflight(None if keeping is None else keeping.folder or default_folder())
     front = open_front(model)
     most = front.config.max_position_embeddings
-    context = min(most, context or most)
-    total = cache_tokens or max(CACHE_TOKENS, context if context < most else 0)
-    context = min(context, total)
-    if context < 1 or total < 1:
-        raise RequestError(f"a context of {context} and a cache of {total} tokens hold nothing")
+    context, total = _sizes(context, cache_tokens, most)
     room.expect(front, min(total, most))
     import_torch()
     from overleap.server.costs import load_costs
@@ -120,6 +116,25 @@ def serve(
     gc.freeze()
     run(service, listening)
     database.close()
+
+
+def _sizes(asked: int | None, cache_tokens: int | None, most: int) -> tuple[int, int]:
+    """Tokens of a request and of the cache, from what was asked for and the model's positions."""
+    context = most if asked is None else asked
+    if context > most:
+        raise RequestError(
+            f"a context of {context} is asked for, the model has {most} positions",
+            f"a context of {most} is the most",
+        )
+    total = max(CACHE_TOKENS, asked or 0) if cache_tokens is None else cache_tokens
+    if context < 1 or total < 1:
+        raise RequestError(f"a context of {context} and a cache of {total} tokens hold nothing")
+    if asked is not None and asked > total:
+        raise RequestError(
+            f"a context of {asked} does not fit into a cache of {total} tokens",
+            f"leave out --cache-tokens, or make it {asked}",
+        )
+    return min(context, total), total
 
 
 class _Weights:
@@ -186,7 +201,9 @@ def _text_side(front: Front, context: int, digest: str) -> Any:
 
     stamp = int((front.folder / "config.json").stat().st_mtime)
     fingerprint = f"fp_{digest[:12] or 'unnamed'}_{__version__}"
-    return Model(front.tokenizer, front.profile, context, stamp, fingerprint)
+    return Model(
+        front.tokenizer, front.profile, context, stamp, fingerprint, front.config.vocab_size
+    )
 
 
 def _name_of(model: str, front: Front) -> str:

@@ -199,7 +199,9 @@ def load_model(
     from overleap.engine.resident import Resident
     from overleap.kernels import shortfall
 
-    device, config = devices.find(room.device), front.config
+    config, wide = front.config, room.cache_format == "wide"
+    packed = config.quantization_config is not None and not wide
+    device = devices.find(room.device, packed)
     with screen.bar("verifying weights", "B") as bar:
         checkpoint, verified = open_checkpoint(front.folder, progress=bar)
     if verified is Verified.HEADERS:
@@ -207,14 +209,14 @@ def load_model(
     model = build(
         checkpoint,
         device=device,
-        wide=room.cache_format == "wide",
+        wide=wide,
         spare_bytes=room.beside(config, tokens, slots),
         memory_bytes=room.limit,
     )
     lying = placed(checkpoint, model)
     manifest = read_manifest(front.folder)
     fits = _fitting(room, model, tokens, slots, lying.weights)
-    for why in (shortfall(device.type), _unused(device.type)):
+    for why in (shortfall(device.type), _unused(device.type, packed)):
         if why:
             screen.note(why)
     second = room.second_bytes(config, tokens)
@@ -264,11 +266,12 @@ def _fitting(room: Room, model: Any, tokens: int, slots: int, weights: Weights) 
     return room.fit_on(free, config, tokens, held_bytes=held, slots=slots, weights=weights)
 
 
-def _unused(device: str) -> str:
-    """That an accelerator is there which was not asked for; empty where none is."""
+def _unused(device: str, packed: bool) -> str:
+    """That an accelerator is there which was not asked for and holds such weights; empty else."""
     from overleap import devices
 
-    found = devices.accelerators() if device == "cpu" else []
+    there = devices.accelerators() if device == "cpu" else []
+    found = [kind for kind in there if kind.packed or not packed]
     return f"{found[0].what} is not used: --device {found[0].name} would" if found else ""
 
 

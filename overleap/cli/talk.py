@@ -185,7 +185,14 @@ def _lines() -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             screen.talk.print("[bold]you:[/] ", end="")
-        line = sys.stdin.readline().strip()
+        try:
+            line = sys.stdin.readline().strip()
+            line.encode()  # where the locale is C, bytes that are no text come as surrogates
+        except UnicodeError:
+            raise RequestError(
+                "what comes from standard input is not UTF-8 text",
+                "convert it first, for example with iconv",
+            ) from None
         if not line:
             return
         yield line

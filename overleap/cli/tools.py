@@ -15,7 +15,7 @@ import typer
 
 from overleap import __version__
 from overleap.cli import screen
-from overleap.cli.app import CacheKind, Json, Seed, Threads, app, cache_format_of, text_of
+from overleap.cli.app import CacheKind, Json, Threads, app, cache_format_of, text_of
 from overleap.devices import KINDS
 from overleap.errors import RequestError
 
@@ -86,7 +86,9 @@ def conform(
     backend: Annotated[str, typer.Option(help="Kernel backend to prove.")] = "torch",
     op: Annotated[list[str] | None, typer.Option(help="Only these ops.")] = None,
     device: Where = "cpu",
-    seed: Seed = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the inputs; drawn when not given.", min=0, max=2**62)
+    ] = None,
     timed: Annotated[
         bool, typer.Option("--timed", help="Also measure, against this machine's own ceilings.")
     ] = False,

@@ -46,7 +46,7 @@ def decode_bytes(config: ModelConfig, depth: int, cache_format: CacheFormat) -> 
     for name, spec in tensor_table(config).items():
         if name.startswith("mtp."):
             continue
-        size = _stored_bytes(spec)
+        size = _stored_bytes(spec, config)
         if name == "embed.weight" or spec.role is Role.IDS:
             size //= spec.shape[0]
         elif ".ffn.experts." in name:
@@ -65,15 +65,17 @@ def decode_bytes(config: ModelConfig, depth: int, cache_format: CacheFormat) -> 
     return total
 
 
-def _stored_bytes(spec: TensorSpec) -> int:
-    """Of a tensor in a checkpoint: plain ones in bf16, small ones in float32."""
+def _stored_bytes(spec: TensorSpec, config: ModelConfig) -> int:
+    """Of a tensor in a checkpoint: plain ones in its type, small ones in float32."""
     count = 1
     for size in spec.shape:
         count *= size
     if spec.role in (Role.SMALL, Role.IDS):
         return 4 * count
     packed = spec.storage in (FP4, FP8) or spec.role is Role.SCALE
-    return count if packed else 2 * count
+    if packed:
+        return count
+    return (4 if config.torch_dtype == "float32" else 2) * count
 
 
 def _capped(tokens: int, ratio: int, most: int) -> int:

@@ -3,6 +3,7 @@
 The tasks are those of tasks.py, between the lines of a real text. Read next: reader.py.
 """
 
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -102,20 +103,30 @@ def grid(
                 )  # fmt: skip
 
 
-def draw(found: Sequence[Asked], path: Path) -> Path:
-    """A PNG: share of right answers by depth (down) and length (across).
-
-    Raises OverleapError where matplotlib (extra `plots`) is missing or nothing was asked.
-    """
-    if not found:
-        raise OverleapError("nothing was asked, so there is nothing to draw")
+def refuse_plot(path: Path) -> None:
+    """OverleapError where no picture can be drawn into this file: before anything is measured."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise OverleapError(
             f"a picture needs matplotlib, which is not there ({error})",
             "pip install overleap[plots]",
         ) from None
+    folder = path.absolute().parent
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise OverleapError(f"{path} cannot be written: no file can be there")
+
+
+def draw(found: Sequence[Asked], path: Path) -> Path:
+    """A PNG: share of right answers by depth (down) and length (across).
+
+    Raises OverleapError where nothing was asked, and as refuse_plot does.
+    """
+    if not found:
+        raise OverleapError("nothing was asked, so there is nothing to draw")
+    refuse_plot(path)
+    from matplotlib.figure import Figure
+
     # Documents of one length differ by a few tokens: two significant bits name a column.
     lengths = sorted({_column(one.tokens) for one in found})
     cells: list[list[list[bool]]] = [[[] for _ in lengths] for _ in range(BANDS)]

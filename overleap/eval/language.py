@@ -18,7 +18,7 @@ from overleap.eval.reader import CHUNK, Progress, Reader
 
 @dataclass(frozen=True)
 class Bits:
-    """Bits per byte of a text, in all and by depth (equal numbers of tokens)."""
+    """Bits per byte of a text, in all and by depth (in parts that differ by a token at most)."""
 
     tokens: int
     bytes: int
@@ -48,7 +48,7 @@ def bits_per_byte(
     bits = torch.cat(nll).double() / math.log(2)
     raw = b"".join(reader.tokenizer.token_bytes(i) for i in ids)
     sizes = torch.tensor([len(reader.tokenizer.token_bytes(i)) for i in ids]).double()
-    pieces = zip(bits.chunk(bands), sizes.chunk(bands), strict=True)
+    pieces = zip(bits.tensor_split(bands), sizes.tensor_split(bands), strict=True)
     return Bits(
         len(ids),
         len(raw),

@@ -143,16 +143,18 @@ def read(path: str | Path) -> list[Record]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise OverleapError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise OverleapError(f"{path} holds no records: byte {error.start} is not UTF-8") from None
     return [Record.from_json(line, f"{path}:{n}") for n, line in enumerate(lines, 1)]
 
 
 def machine(device: str | torch.device = "cpu") -> Machine:
     """This machine, as far as it tells."""
     info = cpu_info()
-    # x86 calls them flags, Arm features; Arm kernels do not name the model.
+    # x86 calls them flags, Arm features.
     present = set((info.get("flags") or info.get("Features") or "").split())
     return Machine(
-        cpu=info.get("model name") or platform.processor() or platform.machine(),
+        cpu=devices.cpu_name(),
         cores=cores(),
         memory_bytes=_memory_bytes(),
         instructions=tuple(flag for flag in _TELLING if flag in present),

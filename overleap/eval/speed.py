@@ -110,11 +110,12 @@ class Speed:
 
 
 def rows_of(found: Mapping[str, Sequence[Speed]]) -> list[dict[str, Scalar]]:
-    """Rows of several backends measured at the same depths, with ratios to the first of them."""
+    """Rows of several backends measured at the same depths, with ratios to the first of them. The
+    last one may have fewer, where it was stopped."""
     first = next(iter(found.values()))
     rows: list[dict[str, Scalar]] = []
     for backend, speeds in found.items():
-        for one, base in zip(speeds, first, strict=True):
+        for one, base in zip(speeds, first, strict=False):
             row = {"backend": backend, **one.row()}
             if speeds is not first:
                 row["prefill_ratio"] = base.prefill_s / one.prefill_s
@@ -141,8 +142,10 @@ def speed(
     seed: int = 0,
     native: bool = False,
     progress: Counted | None = None,
-) -> list[Speed]:
+) -> Iterator[Speed]:
     """Read one random text up to each depth in turn; at each, write on a fork of it.
+
+    Yields a depth when it is measured, so that one that is stopped or fails costs no other.
 
     Every depth has a cache of its own size, into which the text moves, so that its memory is that
     of a run to this depth. Where the model has no positions left, the fork is taken earlier.
@@ -169,13 +172,19 @@ def speed(
     _refuse_what_does_not_fit(model, depths, decode_tokens, scratch, base, format)
     _warm_up(model, ids[:WARM_UP_TOKENS].tolist(), format)
     reading = _Reading(model, ids, chunk_tokens, format, progress)
-    found: list[Speed] = []
+    return _by_depth(reading, depths, decode_tokens, base, scratch)
+
+
+def _by_depth(
+    reading: "_Reading", depths: Sequence[int], decode_tokens: int, base: int, scratch: int
+) -> Iterator[Speed]:
+    longest = reading.model.config.max_position_embeddings
     seconds = 0.0
     for before, depth in pairwise([0, *depths]):
         reading.make_room(depth + decode_tokens)
         machine.forget_peak()
         took = reading.read(min(depth, longest - decode_tokens))
-        steps = _write(model, reading.cache, reading.text, decode_tokens)
+        steps = _write(reading.model, reading.cache, reading.text, decode_tokens)
         took += reading.read(depth)
         seconds += took
         memory = Memory(
@@ -185,8 +194,7 @@ def speed(
             machine.recent_peak_bytes() if base else None,
             base + reading.cache.allocated_bytes + scratch,
         )
-        found.append(Speed(depth, seconds, depth - before, took, tuple(steps), memory))
-    return found
+        yield Speed(depth, seconds, depth - before, took, tuple(steps), memory)
 
 
 def _base_bytes(model: Transformer) -> int:

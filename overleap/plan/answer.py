@@ -4,7 +4,7 @@ Read next: memory.py (what fits), predict.py (how fast at best), cost.py (for ho
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from overleap.cache import layout
@@ -47,12 +47,12 @@ class Machine:
 class Plan:
     """A model on a machine.
 
-    split            how several chips share
+    split            how several chips share this load
     memory           of the fullest chip
     have_bytes       that a chip has
     store            where experts are; None: not even what must be in memory fits
-    largest_context  for as many users; most_users: at this context. With every expert in memory,
-                     or with some elsewhere where that is how it runs
+    largest_context  for as many users; most_users: at this context. However the chips share; with
+                     every expert in memory, or with some elsewhere where that is how it runs
     first_token      time of reading one context alone; step: of a token for every user
     """
 
@@ -133,7 +133,14 @@ def plan(load: Load, machine: Machine, money: Money = USUAL) -> Plan:
             f"a context of {positions} is the most",
         )
     found = [_plan(load, machine, split, money) for split in splits(load.config, machine.count)]
-    return min(found, key=_worse)
+    best = min(found, key=_worse)
+    # How chips share decides what they hold: another load may want another split.
+    alike = [each for each in found if (each.fits, each.runs) == (best.fits, best.runs)]
+    return replace(
+        best,
+        largest_context=max(each.largest_context for each in alike),
+        most_users=max(each.most_users for each in alike),
+    )
 
 
 def machines(load: Load, money: Money = USUAL) -> Iterator[Plan]:

@@ -14,7 +14,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from overleap import machine
+from overleap import devices, machine
 from overleap.cache import layout
 from overleap.cache.layout import CacheFormat
 from overleap.config import ModelConfig
@@ -29,18 +29,25 @@ Features = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Where:
-    """What makes runs comparable."""
+    """What makes runs comparable. device: `cpu`, or the accelerator's name."""
 
     cpu: str
     cores: int
     threads: int
     backend: str
+    device: str = "cpu"
 
     @classmethod
-    def here(cls, threads: int | None = None, backend: str = "auto") -> "Where":
-        """This machine, with all its cores."""
-        cores = machine.cores()
-        return cls(machine.cpu_info().get("model name", ""), cores, threads or cores, backend)
+    def here(cls, runs: Sequence["Run"] = (), config: ModelConfig | None = None) -> "Where":
+        """This machine's processor, as it is usually run.
+
+        With as many threads as in its newest run of this model, or of any; without runs with one
+        for each core.
+        """
+        cpu, cores = devices.cpu_name(), machine.cores()
+        alike = [run for run in runs if run.where == cls(cpu, cores, run.where.threads, "auto")]
+        own = [run for run in alike if run.config == config] or alike
+        return cls(cpu, cores, own[-1].where.threads if own else cores, "auto")
 
 
 @dataclass(frozen=True)
@@ -158,37 +165,52 @@ def used_bytes(config: ModelConfig) -> int:
 def runs_of(folder: str | Path) -> list[Run]:
     """Every run by depth in <folder>/speed.jsonl whose model's config is known, oldest first.
 
-    Raises OverleapError naming a line that is no record.
+    Raises OverleapError for a file that cannot be read, naming a line that is no record.
     """
     path = Path(folder) / "speed.jsonl"
     if not path.exists():
         return []
     found: list[Run] = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(_lines(path), 1):
         try:
             raw = json.loads(line)
             if raw["format"] != FORMAT:
                 raise ValueError(f"format is {raw['format']!r}")
             found += _runs(raw)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise OverleapError(f"{path}:{number} is no record: {error!r}") from None
+        except OverleapError as error:  # its config is none
+            raise OverleapError(f"{path}:{number} is no record: {error.message}") from None
     return found
 
 
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text("utf-8").splitlines()
+    except OSError as error:
+        raise OverleapError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise OverleapError(f"{path} holds no records: byte {error.start} is not UTF-8") from None
+
+
 def _runs(raw: dict[str, Any]) -> Iterator[Run]:
-    settings = raw["settings"]
+    settings, there = raw["settings"], raw["machine"]
     if "config" not in settings:
         return
     config = ModelConfig.from_dict(json.loads(settings["config"]), "record")
     before: dict[str, int] = {}
     for row in raw["numbers"]:
         backend, depth = row.get("backend") or settings["backend"], row["depth_tokens"]
-        where = Where(raw["machine"]["cpu"], raw["machine"]["cores"], settings["threads"], backend)
+        where = Where(
+            there["cpu"], there["cores"], settings["threads"], backend, there.get("device", "cpu")
+        )
         last = before.get(backend, 0)
         before[backend] = depth
         rate = row.get("interval_tokens_per_s")
         if rate is None:  # an older record
             continue
+        if not min(depth - last, rate, row["decode_tokens_per_s"], row["cache_bytes"]) > 0:
+            raise ValueError(f"nothing was measured at {depth} tokens")
         yield Run(
             raw["date"], where, settings["model"], config, CacheFormat(settings["cache"]),
             settings["chunk_tokens"], settings["decode_steps"], depth, depth - last,

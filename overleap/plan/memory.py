@@ -214,9 +214,10 @@ def largest_context(load: Load, fits: Callable[[Load], bool]) -> int:
 
 
 def most_users(load: Load, fits: Callable[[Load], bool]) -> int:
-    """The most users at this context that `fits` allows."""
+    """The most users at this context that `fits` allows, up to MOST_USERS or those asked for."""
+    most = max(MOST_USERS, load.users)
     return bisect_left(
-        range(1, MOST_USERS + 1), True, key=lambda n: not fits(_with(load, load.context, n))
+        range(1, most + 1), True, key=lambda n: not fits(_with(load, load.context, n))
     )
 
 

@@ -181,8 +181,8 @@ def _matmuls(
     load: Load, chip: Chip, counted: Flops, by: dict[str, float], unknown: list[str]
 ) -> None:
     """The time of all operations, each at the rate of its type or the next wider one."""
-    dense = _DENSE[load.precision]
-    wide = "f32" if load.precision is Precision.F32 else "bf16"
+    dense = _dense(load)
+    wide = "f32" if dense == "f32" else "bf16"
     wanted = [
         (counted.dense + counted.experts, dense),
         (counted.wide + counted.core, wide),
@@ -197,6 +197,13 @@ def _matmuls(
             seconds += amount / rate
     if seconds:
         by["matmul"] = seconds
+
+
+def _dense(load: Load) -> str:
+    """Type of the operands of the dense linears; a release that is not packed has its own."""
+    if load.precision is Precision.RELEASE and load.config.quantization_config is None:
+        return "f32" if load.config.torch_dtype == "float32" else "bf16"
+    return _DENSE[load.precision]
 
 
 def _times(flops: Flops, count: int) -> Flops:

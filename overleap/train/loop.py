@@ -139,8 +139,11 @@ def begin(recipe: Recipe, folder: Path) -> None:
         tokenizer.unlink(missing_ok=True)
         shutil.rmtree(folder / "tokens", ignore_errors=True)
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(recipe.to_json(), "utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(recipe.to_json(), "utf-8")
+        except OSError as error:
+            raise TrainingError(f"no run can be in {folder}: {error.strerror}") from None
     if not tokenizer.exists():
         partial = tokenizer.with_suffix(".partial")
         if recipe.base:

@@ -52,6 +52,23 @@ def test_a_keys_life(ledger: Path) -> None:
     database.close()
 
 
+def test_a_credit_below_zero_takes_back() -> None:
+    made = json.loads(run("keys", "create", "--user", "bob", "--tier", "pro", "--json"))
+    run("keys", "credit", made["id"], "12.50")
+    run("keys", "credit", made["id"], "-2.25", "--json")
+    (listed,) = json.loads(run("keys", "list", "--json"))
+    assert listed["credited"] == "10.250000000"
+    run("keys", "credit", made["id"], "1", "--jsn", status=2)
+
+
+def test_a_pipe_gets_whole_ids() -> None:
+    """80 columns, as where nobody tells how wide it is."""
+    made = json.loads(run("keys", "create", "--user", "a" * 40, "--tier", "standard", "--json"))
+    shown = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["keys", "list"]).stdout
+    assert made["id"] in shown and "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
 def test_usage_shows_cost_beside_price(ledger: Path) -> None:
     key = run("keys", "create", "--user", "alice", "--tier", "standard").strip()
     database = Database(str(ledger))
@@ -87,6 +104,8 @@ def test_usage_shows_cost_beside_price(ledger: Path) -> None:
         (["keys", "credit", "none", "much"], ConfigError, "no amount"),
         (["keys", "credit", "none", "1e-10"], ConfigError, "no amount"),
         (["keys", "credit", "none", "nan"], ConfigError, "no amount"),
+        (["keys", "credit", "none", "1e999999"], ConfigError, "no amount"),
+        (["keys", "credit", "none", "-5"], ConfigError, "no key has the ID"),
         (["usage", "--by", "colour"], RequestError, "--by has 'colour'"),
         (["usage", "--by", "day,day"], RequestError, "--by has 'day'"),
         (["usage", "--since", "today"], RequestError, "no day"),

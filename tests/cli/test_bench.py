@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from overleap import kernels
 from overleap.cli import app
 from overleap.errors import BackendError, CapacityError, ConfigError, OverleapError, RequestError
 from overleap.eval import record as records
+from overleap.eval import speed
 from overleap.kernels.spec import COARSE, OP_NAMES
 
 
@@ -108,11 +110,52 @@ def test_without_matplotlib_the_record_is_kept(
         (["--backend", "torch", "--backend", "torch"], "names one twice"),
         (["--plot-of", "no/such.jsonl"], "no/such.jsonl cannot be read"),
         (["--plot-of", os.devnull], "holds no record"),
+        (["--geometry", "v4-flash"], "MODEL would do nothing in --geometry"),
+        (["--context", 256], "--context would do nothing in a run by depth"),
+        (["--rounds", 2], "--rounds would do nothing"),
+        (["--versus", "transformers", "--cache", "wide", "--to", 9], "--to, --cache would do"),
+        (["--versus", "transformers", "--geometry", "v4-flash"], "--versus, MODEL would do"),
+        (["--versus", "v3.2"], "MODEL would do nothing in --versus v3.2"),
     ],
 )
 def test_contradictions_are_refused(arguments: list[object], complaint: str) -> None:
     with pytest.raises(OverleapError, match=complaint):
         bench("random", *arguments)
+
+
+@pytest.mark.parametrize("option", ["--depth", "--to", "--decode", "--chunk"])
+def test_a_geometry_has_no_depths(option: str) -> None:
+    with pytest.raises(RequestError, match=f"{option} would do nothing in --geometry"):
+        bench("--geometry", "v4-flash", option, 16)
+
+
+@pytest.mark.parametrize("context", [0, -128, 64, 129])
+@pytest.mark.parametrize("way", [["--geometry", "v4-flash"], ["--versus", "v3.2"]])
+def test_a_cache_is_of_whole_pages(way: list[str], context: int) -> None:
+    with pytest.raises(RequestError, match=f"--context is {context}") as caught:
+        bench(*way, "--context", context)
+    assert "128 at least" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, CapacityError("no memory is left")])
+def test_depths_that_were_measured_are_kept(
+    tmp_path: Path, end: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second depth ends the run."""
+    make_room = speed._Reading.make_room
+
+    def ended(self: Any, tokens: int) -> None:
+        if tokens > 100:
+            raise end
+        make_room(self, tokens)
+
+    monkeypatch.setattr(speed._Reading, "make_room", ended)
+    run = ["bench", "random", "--depth", "3", "--depth", "300", "--decode", "1"]
+    shown = CliRunner().invoke(app, [*run, "--backend", "torch", "--results", str(tmp_path)])
+    assert shown.exit_code != 0
+    [record] = records.read(tmp_path / "speed.jsonl")
+    assert [row["depth_tokens"] for row in record.numbers] == [3]
+    assert "recorded in" in shown.stderr and "decode/s" in shown.stdout
 
 
 def test_a_backend_that_cannot_serve_is_refused_before_any_is_measured(

@@ -219,6 +219,8 @@ def test_what_is_shown_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> 
         (("logits", "mini", "{}/ids.json", "{}"), "cannot be written"),
         (("plan", "compare", "--context", "1", "--no-windows"), "nothing to compare"),
         (("eval", "tasks", "mini", "--kind", "values", "--size", "21"), "20 are the most"),
+        (("eval", "tasks", "mini", "--plot", "{}/none/map.png"), "cannot be written"),
+        (("train", "examples", "{}/ids.json"), "no run can be in .*ids.json: File exists"),
     ],
 )
 def test_what_cannot_be_done_is_said(
@@ -228,3 +230,39 @@ def test_what_cannot_be_done_is_said(
     with pytest.raises(OverleapError, match=sentence):
         run(*(one.format(tmp_path) for one in arguments))
     assert [path.name for path in tmp_path.iterdir()] == ["ids.json"]
+
+
+def test_what_cannot_be_drawn_is_said_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("overleap.eval.reader.Reader.open", None)
+    with pytest.raises(OverleapError, match="cannot be written"):
+        run("eval", "tasks", "mini", "--plot", tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(OverleapError, match="needs matplotlib"):
+        run("eval", "tasks", "mini", "--plot", tmp_path / "map.png")
+
+
+def test_a_folder_without_a_config_was_not_checked(tmp_path: Path) -> None:
+    verified = run("models", "verify", tmp_path)
+    assert verified.exit_code == 1
+    assert "no tensor that could be checked" in verified.stderr
+    assert "were checked" not in verified.stderr
+
+
+@pytest.mark.parametrize("command", [("conform", "--op", "hc_post"), ("bench", "random")])
+def test_a_seed_beyond_every_generator_is_refused(command: tuple[str, ...]) -> None:
+    refused = run(*command, "--seed", "9" * 20)
+    assert refused.exit_code == 2 and "--seed" in refused.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("command", [("plan", "chips", "--json"), ("version",)])
+def test_a_full_disk_is_a_sentence(command: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "overleap.cli", *command],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "error: what was found cannot be written: No space left on device\n"

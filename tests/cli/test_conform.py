@@ -1,5 +1,6 @@
 """`overleap conform`: table, one JSON, figures against the machine; what is red is not measured."""
 
+import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -93,3 +94,29 @@ def test_a_green_backend_is_proven_once_in_a_process() -> None:
     gate.refuse_red("torch")
     gate.refuse_red("torch")
     assert gate._red.cache_info().hits == 1
+
+
+def test_a_run_of_some_ops_renews_their_cells_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The support table of a run of two ops and a newer one of one of them, which fails."""
+    page = Path(__file__).parents[2] / "docs" / "generate.py"
+    spec = importlib.util.spec_from_file_location("generate", page)
+    assert spec is not None and spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    record = ["conform", "--backend", "torch", "--record", tmp_path]
+    run(*record, "--op", "hadamard", "--op", "rotate", "--op", "hc_head")
+    path = tmp_path / "conform.jsonl"
+    monkeypatch.setattr(generate, "RECORDS", path)
+    before = generate.support()
+    run(*record, "--op", "hadamard")
+    first, second = path.read_text("utf-8").splitlines()
+    later = json.loads(second) | {"date": "2099-01-01T00:00:00+00:00"}
+    later["numbers"][0]["passed"] -= 1
+    path.write_text(f"{first}\n{json.dumps(later)}\n", "utf-8")
+    after = generate.support()
+    for op in ("rotate", "hc_head", "matmul"):
+        (cell,) = (line for line in before.splitlines() if line.startswith(f"| `{op}` |"))
+        assert cell in after.splitlines()
+    assert "| `hadamard` | FAILED: torch" in after and "; `hadamard`: 2099-01-01" in after

@@ -13,7 +13,7 @@ from overleap.checkpoint import locate
 from overleap.cli import app
 from overleap.cli import plan as command
 from overleap.config import ModelConfig
-from overleap.errors import ConfigError, RequestError
+from overleap.errors import ConfigError, OverleapError, RequestError
 from overleap.plan import chips
 
 GIB = 2**30
@@ -154,16 +154,54 @@ def test_prices_and_rates_are_options() -> None:
     assert output("--busy", 0.5, "--other", 3)["other"] > 0
 
 
-def this_machines(folder: Path, model: str = "mini") -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--count", 8],
+        ["--price", 30000],
+        ["--ram", "256GiB"],
+        ["--memory", "80GiB", "--ram", "256GiB"],
+    ],
+)
+def test_what_is_of_a_chip_needs_one(arguments: list[object]) -> None:
+    with pytest.raises(RequestError, match="is of a chip, and none is named") as caught:
+        run("v4-flash", *arguments)
+    assert "--chip" in str(caught.value.hint)
+
+
+def test_the_memory_of_a_host_is_only_beside_a_chip_that_has_one() -> None:
+    with pytest.raises(RequestError, match=r"EPYC.* has one memory"):
+        run("v4-pro", "--chip", "epyc-9755", "--ram", "1TB")
+    found = json_of("v4-flash", "--chip", "rtx-4090", "--chip", "epyc-9755", "--ram", "256GiB")
+    assert found["plans"][0]["experts"]["ram"] > 0.9
+
+
+@pytest.mark.parametrize("kind", ["text", "bytes", "folder", "foreign"])
+def test_a_folder_that_holds_something_else_is_a_note(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "speed.jsonl"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes({"text": b"hello\n", "bytes": b"\xff\xfe", "foreign": b"[]\n"}[kind])
+    result = run("mini", "--results", tmp_path)
+    assert result.exit_code == 0 and "fits" in result.stdout
+    assert "planned without records" in result.stderr
+    with pytest.raises(OverleapError, match=r"speed\.jsonl"):
+        run("check", "--results", tmp_path)
+
+
+def this_machines(
+    folder: Path, model: str = "mini", threads: int | None = None, device: str = "cpu"
+) -> None:
     """Two records in which this machine writes 100 and 110 tokens a second at any depth."""
-    from overleap import machine
+    from overleap import devices, machine
 
     lines = []
     for date, rate in (("2026-01-01T00:00", 100.0), ("2026-01-02T00:00", 110.0)):
         row = {"depth_tokens": 1024, "interval_tokens_per_s": 1000.0, "decode_tokens_per_s": rate}
         row |= {"cache_bytes": 546176, "base_bytes": 300 * 2**20, "peak_process_bytes": 330 * 2**20}
-        where = {"cpu": machine.cpu_info().get("model name", ""), "cores": machine.cores()}
-        settings = {"model": model, "backend": "auto", "threads": machine.cores()}
+        where = {"cpu": devices.cpu_name(), "cores": machine.cores(), "device": device}
+        settings = {"model": model, "backend": "auto", "threads": threads or machine.cores()}
         settings |= {"cache": "release", "chunk_tokens": 512, "decode_steps": 16}
         settings["config"] = json.dumps(ModelConfig.from_checkpoint(locate(model)).to_dict())
         facts = {"date": date, "machine": where, "settings": settings, "numbers": [row]}
@@ -190,3 +228,25 @@ def test_records_refine_what_is_said_of_this_machine(tmp_path: Path) -> None:
     assert 100 <= 1 / known["step_s"] <= 110
     assert "measurements here of this model" in run("mini", "--results", tmp_path).stdout
     assert json_of("mini", "--results", tmp_path / "nothing")["measured_here"] is None
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_records_are_recognised_with_half_the_threads_and_without_a_name(
+    told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch takes a thread a physical core; Arm and macOS do not name the processor."""
+    monkeypatch.setattr("overleap.machine.cores", lambda: 16)
+    if not told:
+        monkeypatch.setattr("overleap.devices.cpu_info", dict)
+    this_machines(tmp_path, threads=8)
+    known = json_of("mini", "--context", 1024, "--results", tmp_path)["measured_here"]
+    assert known is not None and known["runs"] == 2
+    assert len(json_of("check", "--results", tmp_path)["runs"]) == 2
+
+
+def test_records_of_an_accelerator_say_nothing_of_the_processor(tmp_path: Path) -> None:
+    this_machines(tmp_path, device="NVIDIA H100")
+    assert json_of("mini", "--results", tmp_path)["measured_here"] is None
+    with pytest.raises(RequestError, match="has no record of this machine"):
+        run("check", "--results", tmp_path)
+    assert len(json_of("check", "--results", tmp_path, "--every")["runs"]) == 2

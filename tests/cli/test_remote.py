@@ -102,6 +102,10 @@ HI = b'data:{"choices": [{"delta": {"content": "hi"}}]}\n\n'
         (HEAD.replace(b"200 OK", b"200 OK\r\nContent-Length: 9999") + HI, "broke off"),
         (HEAD + b'data: {"error": "boom"}\n\n', "broke off: boom"),
         (HEAD + b'data: {"error": {"message": "full"}}\n\n', "broke off: full"),
+        (HEAD + b'data: ["hi"]\n\n', "broke off: ValueError"),
+        (HEAD + b'data: {"choices": ["hi"]}\n\n', "broke off: an event is {"),
+        (HEAD + b'data: {"choices": 7}\n\n', "broke off: an event is {"),
+        (HEAD + b'data: {"choices": [{"delta": {"content": [7]}}]}\n\n', "broke off: an event is"),
     ],
 )
 def test_what_is_no_whole_answer_is_told(raw: bytes, sentence: str) -> None:
@@ -115,6 +119,43 @@ def test_a_stream_without_blanks_and_with_empty_errors_is_read() -> None:
     with speaking(HEAD + HI + end) as url:
         result = talk("--url", url, "--model", "any", text="one\n\n")
     assert result.stdout == "hi\n" and "broke off" not in result.stderr
+
+
+def test_what_other_servers_leave_out_is_not_missed() -> None:
+    """No choices or delta beside a finish or a usage, and a usage that counts otherwise."""
+    said = b'{"choices": null}', b'{"choices": [{"finish_reason": "stop"}], "usage": {"total": 2}}'
+    events = b"".join(b"data: " + one + b"\n\n" for one in (*said, b"[DONE]"))
+    with speaking(HEAD + HI + events) as url:
+        result = talk("--url", url, "--model", "any", text="one\n\n")
+    assert result.stdout == "hi\n" and "broke off" not in result.stderr
+    assert "written" not in result.stderr
+
+
+@pytest.mark.parametrize(("written", "told"), [(1, "1 written\n"), (41, " tokens/s")])
+def test_the_first_token_is_no_speed(written: int, told: str) -> None:
+    counted = b'{"prompt_tokens": 3, "completion_tokens": %d}' % written
+    events = b'data: {"choices": [], "usage": %s}\n\ndata: [DONE]\n\n' % counted
+    with speaking(HEAD + HI + events) as url:
+        result = talk("--url", url, "--model", "any", text="one\n\n")
+    assert "3 tokens read (0 cached)" in result.stderr and told in result.stderr
+
+
+@pytest.mark.parametrize("models", [b'{"data": [{}]}', b'{"data": {"a": 1}}', b"[]", b"no"])
+def test_a_list_of_models_that_names_none(models: bytes) -> None:
+    with (
+        speaking(HEAD + models) as url,
+        pytest.raises(RequestError, match="serves no model") as caught,
+    ):
+        talk("--url", url)
+    assert caught.value.hint == "name one with --model"
+
+
+def test_questions_that_are_no_text_are_refused() -> None:
+    with pytest.raises(RequestError, match="not UTF-8 text"):
+        CliRunner().invoke(
+            app, ["chat", "--url", "http://127.0.0.1:9", "--model", "any"],
+            input=b"hi \xff\n", catch_exceptions=False,
+        )  # fmt: skip
 
 
 def test_no_torch_is_loaded(server: Live) -> None:

@@ -48,7 +48,7 @@ def test_operations_of_reading(tokens: int, seed: int) -> None:
     assert prefill_flops(config, tokens) == pytest.approx(naive_flops(config, tokens), rel=1e-9)
 
 
-@pytest.mark.parametrize("form", ["bf16", "release", "base"])
+@pytest.mark.parametrize("form", ["bf16", "f32", "release", "base"])
 def test_bytes_of_a_step_where_all_experts_are_chosen(form: str, seed: int, tmp_path: Path) -> None:
     config = tiny_config(
         seed, form, n_routed_experts=4, num_experts_per_tok=4, num_nextn_predict_layers=0
@@ -58,7 +58,7 @@ def test_bytes_of_a_step_where_all_experts_are_chosen(form: str, seed: int, tmp_
     weights = sum(one.end - one.start for one in found.values())
     tables = [n for n in found if n == "embed.weight" or n.endswith("tid2eid")]
     weights -= sum(found[n].end - found[n].start for n in tables)
-    weights += 2 * config.hidden_size + 4 * 4 * config.num_hash_layers
+    weights += (4 if form == "f32" else 2) * config.hidden_size + 4 * 4 * config.num_hash_layers
     entry = entry_bytes(config.head_dim, config.qk_rope_head_dim, CacheFormat.RELEASE)
     key = key_bytes(config.index_head_dim, CacheFormat.RELEASE)
     kinds = config.layer_kinds

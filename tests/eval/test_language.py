@@ -33,6 +33,12 @@ def test_bits_are_those_of_the_text(reader: Reader, seed: int) -> None:
         bits_per_byte(reader, "x", 4)
 
 
+@pytest.mark.parametrize("tokens", [4, 5, 6, 9])
+def test_few_tokens_have_as_many_bands(reader: Reader, tokens: int) -> None:
+    found = bits_per_byte(reader, "import os, sys, json, time, re, math", tokens)
+    assert found.tokens == tokens and len(found.by_depth) == 4
+
+
 def test_a_form_is_nowhere_from_itself_and_near_its_own_release(reader: Reader, seed: int) -> None:
     ids = [0, *reader.tokenizer.encode(stdlib_text(seed)[:6000])[:900]]
     same = apart(reader, reader, ids)

@@ -82,7 +82,9 @@ def test_a_damaged_line_is_named(line: str, complaint: str, tmp_path: Path) -> N
 def test_files_that_cannot_be_used_are_said(tmp_path: Path) -> None:
     with pytest.raises(OverleapError, match="cannot be read"):
         read(tmp_path / "none.jsonl")
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_bytes(b"\xff\xfe")
+    with pytest.raises(OverleapError, match="byte 0 is not UTF-8"):
+        read(tmp_path / "file")
     with pytest.raises(OverleapError, match="cannot be written"):
         append(sample(), tmp_path / "file")
 

@@ -48,7 +48,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 def test_figures_are_what_the_clock_said(clock: list[tuple[int, int]]) -> None:
     model = random_model(small_config())
-    found = speed(model, [1000, 300, 300], decode_tokens=7, chunk_tokens=128)
+    found = list(speed(model, [1000, 300, 300], decode_tokens=7, chunk_tokens=128))
     assert [row.depth_tokens for row in found] == [300, 1000]
     for row, interval in zip([one.row() for one in found], (300, 700), strict=True):
         assert row["prefill_s"] == pytest.approx(PREFILL_S * row["depth_tokens"])
@@ -76,13 +76,15 @@ def test_every_storage_form_and_both_caches_run(form: str, seed: int) -> None:
     assert bool(packed) == (form in ("release", "base"))
     for cache in CacheFormat:
         progress: list[tuple[int, int]] = []
-        found = speed(
-            model,
-            [1, 129],
-            decode_tokens=2,
-            chunk_tokens=63,
-            format=cache,
-            progress=lambda done, total, seen=progress: seen.append((done, total)),
+        found = list(
+            speed(
+                model,
+                [1, 129],
+                decode_tokens=2,
+                chunk_tokens=63,
+                format=cache,
+                progress=lambda done, total, seen=progress: seen.append((done, total)),
+            )
         )
         assert progress == [(1, 129), (64, 129), (127, 129), (129, 129)]
         for row in found:
@@ -121,6 +123,15 @@ def test_backends_are_compared_with_the_first() -> None:
     assert [row.get("prefill_ratio") for row in rows] == [None, None, 2, 3]
     assert [row.get("interval_ratio") for row in rows] == [None, None, 2, 5]
     assert [row.get("decode_ratio") for row in rows] == [None, None, 1, 6]
+
+
+def test_a_backend_that_was_stopped_has_fewer_rows() -> None:
+    memory = Memory(5, 10, 100, 150, 120)
+    both = [Speed(4, 4.0, 4, 4.0, (1.0,), memory), Speed(8, 9.0, 4, 5.0, (2.0,), memory)]
+    rows = rows_of({"torch": both, "cpu": both[:1]})
+    assert [(row["backend"], row["depth_tokens"]) for row in rows] == [
+        ("torch", 4), ("torch", 8), ("cpu", 4),
+    ]  # fmt: skip
 
 
 def test_usual_depths_end_where_asked() -> None:
@@ -171,7 +182,7 @@ def test_what_does_not_fit_is_refused_before_the_first_token(
 
     def read(free: int, *depths: int) -> None:
         monkeypatch.setattr(module.devices, "free_bytes", lambda device: free)
-        speed(model, depths)
+        list(speed(model, depths))
 
     read(exactly, 4000)
     read(exactly + beside.cache_bytes, 1000, 4000)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from overleap import devices
 from overleap.errors import BackendError
 from overleap.kernels import select
 from overleap.kernels.composed import Assembled
@@ -299,6 +300,39 @@ def test_an_op_that_raises_or_is_missing_fails(seed: int) -> None:
     assert {v.reason for v in conform(ops, seed=seed, only=["hc_post"])} == {
         "the backend has no such op"
     }
+
+
+@pytest.mark.parametrize("result", [None, 7, (), torch.zeros(3), (torch.zeros(3),), "text"])
+@pytest.mark.parametrize("name", ["route", "quantize", "hc_pre", "sample", "compress_write"])
+def test_a_result_of_any_form_is_a_verdict(name: str, result: Any, seed: int) -> None:
+    found = conform(altered(name, lambda *args: result), seed=seed, only=[name])
+    assert found and not any(v.passed for v in found)
+    assert all(v.reason for v in found)
+
+
+def test_what_weights_work_out_once_is_not_timed(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every copy of the arguments has its table of addresses before the clock runs."""
+    running = False
+    seconds = devices.seconds
+
+    def clocked(call: Callable[[], object], device: torch.device) -> float:
+        nonlocal running
+        running = True
+        try:
+            return seconds(call, device)
+        finally:
+            running = False
+
+    def experts(x: Tensor, ids: Tensor, share: Tensor, of: Any, *rest: Any) -> Tensor:
+        assert "addresses" in vars(of) or not running
+        return GOOD.experts(x, ids, share, of, *rest)
+
+    monkeypatch.setattr(devices, "seconds", clocked)
+    monkeypatch.setattr("overleap.kernels.conformance.run.COPIES_BYTES", 1 << 28)
+    found = conform(altered("experts", experts), seed=seed, only=["experts"], timed=True)
+    assert all(v.passed for v in found) and any(v.seconds for v in found)
 
 
 def test_unknown_op_is_refused() -> None:

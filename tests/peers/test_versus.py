@@ -90,6 +90,7 @@ def test_a_long_reading_is_made_once(monkeypatch: pytest.MonkeyPatch, folder: Pa
     class Pretended:
         def __init__(self, task: Any, log: Path) -> None:
             self.program, self.facts = task.program, {"version": "1", "manner": "none"}
+            self.ended = False
 
         def start(self) -> None: ...
 
@@ -117,6 +118,55 @@ def test_a_long_reading_is_made_once(monkeypatch: pytest.MonkeyPatch, folder: Pa
     assert asked == [*one_round, ("overleap", 7), ("transformers", 7), *one_round, *one_round]
     assert found.cells["transformers", 7].error == "out of memory"
     assert len(found.cells["ours", 5].prefill_s) == 3
+
+
+def test_what_a_program_did_before_it_died_is_kept(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    """Theirs dies in the second round at 7 tokens, ours while it continues eight texts at once."""
+    asked: list[tuple[str, int]] = []
+
+    class Pretended:
+        def __init__(self, task: Any, log: Path) -> None:
+            self.program, self.facts = task.program, {"version": "1", "manner": "none"}
+            self.ended = False
+
+        def start(self) -> None: ...
+
+        def close(self) -> None: ...
+
+        def ask(self, request: dict[str, Any], limit_s: float | None = None) -> dict[str, Any]:
+            assert not self.ended
+            asked.append((self.program, len(request["ids"])))
+            again = self.program == "transformers" and asked.count(("transformers", 7)) == 2
+            self.ended = again or request["what"] == "together"
+            if self.ended:
+                raise OverleapError("the process ended with -9: no word")
+            return {"prefill_s": 1.0, "steps_s": [0.1], "base_bytes": 1, "peak_bytes": None}
+
+    monkeypatch.setattr(module, "_Process", Pretended)
+    monkeypatch.setattr(module, "_answers", lambda *_: {"ours": module.np.zeros((1, 2))})
+    contenders = [Contender("ours", "overleap"), Contender.peer("transformers")]
+    told: list[str] = []
+    found = versus(folder, contenders, [5, 7, 9], threads=1, rounds=3, told=told.append)
+    theirs = [depth for program, depth in asked if program == "transformers"]
+    assert theirs == [5, 7, 9, 5, 7]
+    rows = {(row["program"], row["depth_tokens"]): row for row in found.rows()}
+    assert not any("error" in row for row in rows.values())
+    assert [rows["transformers", d]["prefills"] for d in (5, 7, 9)] == [2, 1, 1]
+    assert "together_tokens_per_s" not in rows["ours", 5]
+    assert [line for line in told if "process ended" in line] == [
+        "transformers at 7 tokens: the process ended with -9: no word",
+        "ours, 8 at once: the process ended with -9: no word",
+    ]
+
+
+def test_a_stopped_program_is_not_asked_for_more(folder: Path) -> None:
+    contenders = [Contender("ours", "overleap"), Contender("again", "overleap")]
+    ran = versus(folder, contenders, [5, 6], threads=1, rounds=1, decode_tokens=200, patience=1e-3)
+    assert ran.cells["again", 6].error == "not asked, after it failed at 5 tokens"
+    assert ran.cells["again", 6].stopped_s is None
+    assert ran.cells["ours", 6].error is None
 
 
 @pytest.mark.parametrize("text", ["vllm", "llama.cpp:", "llama.cpp:many", "transformers:-1"])

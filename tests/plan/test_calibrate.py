@@ -159,8 +159,35 @@ def test_records_are_read_with_the_config_in_them(tmp_path: Path) -> None:
     assert first.where == Where("c", 2, 2, "auto")
 
 
+def test_the_newest_runs_of_a_model_say_how_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("overleap.devices.cpu_name", lambda: HERE.cpu)
+    monkeypatch.setattr("overleap.machine.cores", lambda: 2)
+    runs = [
+        replace(run_at(config, 1000, "a"), where=replace(HERE, threads=threads, device=device))
+        for config, threads, device in ((MINI, 2, "cpu"), (FLASH, 1, "cpu"), (MINI, 3, "a GPU"))
+    ]
+    assert Where.here() == Where.here(runs, MINI) == HERE
+    assert Where.here(runs, FLASH).threads == Where.here(runs, PRO).threads == 1
+
+
+NOTHING = record()["numbers"][0]
+
+
 @pytest.mark.parametrize(
-    "line", ["{", "[]", json.dumps(record(format="other/1")), json.dumps(record(machine={}))]
+    "line",
+    [
+        "{",
+        "[]",
+        "7",
+        json.dumps(record(format="other/1")),
+        json.dumps(record(machine={})),
+        json.dumps(record(numbers=[7])),
+        json.dumps(record(settings=record()["settings"] | {"config": "{}"})),
+        *(
+            json.dumps(record(numbers=[NOTHING | {name: 0}]))
+            for name in ("decode_tokens_per_s", "interval_tokens_per_s", "cache_bytes")
+        ),
+    ],
 )
 def test_what_is_no_record_is_refused_by_line(line: str, tmp_path: Path) -> None:
     (tmp_path / "speed.jsonl").write_text(json.dumps(record()) + "\n" + line + "\n")

@@ -152,6 +152,7 @@ class _Process:
     def __init__(self, task: Task, log: Path) -> None:
         self._task = task
         self.facts: dict[str, Any] = {}
+        self.ended = False
         self._log = log.open("w+", encoding="utf-8")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "overleap.eval.peers.worker"],
@@ -181,6 +182,7 @@ class _Process:
         if end is not None:
             end.cancel()
         if not line:
+            self.ended = True
             self._log.seek(0)
             last = ([text.strip() for text in self._log if text.strip()] or ["no word"])[-1]
             raise OverleapError(f"the process ended with {self._process.wait()}: {last[:300]}")
@@ -239,25 +241,12 @@ def versus(
         apart, same_best = _apart(_answers(processes, ids[: COMPARED_AT[-1]], COMPARED_AT, scratch))
         cells = {(one.name, d): Cell() for d in sorted(set(depths)) for one in contenders
                  if one.deepest is None or d <= one.deepest}  # fmt: skip
-        for turn in range(rounds):
-            for (name, depth), cell in cells.items():
-                if turn and cell.prefill_s and cell.prefill_s[0] > REPEAT_UNDER_S:
-                    continue
-                if told:
-                    told(f"round {turn + 1}: {name} reads {depth} tokens")
-                first = cells[contenders[0].name, depth]
-                limit_s = None
-                if patience is not None and cell is not first and first.prefill_s:
-                    limit_s = patience * first.prefill_s[0]
-                _fill(cell, processes[name], ids[:depth], decode_tokens, limit_s)
+        asked = _Asked(processes, ids, decode_tokens, told)
+        for _ in range(rounds):
+            asked.round(cells, contenders[0].name, patience)
         for one in contenders:
-            cell = cells[one.name, min(depths)]
-            # All of those texts are read first.
-            quick = bool(cell.prefill_s) and cell.prefill_s[0] <= REPEAT_UNDER_S
-            if one.program == "overleap" and quick:
-                request = {"what": "together", "ids": ids[: min(depths)], "steps": decode_tokens}
-                answer = processes[one.name].ask(request | {"sequences": TOGETHER})
-                cell.together_s += answer["steps_s"]
+            if one.program == "overleap":
+                asked.together(one.name, cells[one.name, min(depths)], min(depths))
     return Comparison(
         config,
         cells,
@@ -268,22 +257,65 @@ def versus(
     )
 
 
-def _fill(cell: Cell, process: _Process, ids: list[int], steps: int, limit_s: float | None) -> None:
-    if cell.error is not None:
-        return
-    began = time.monotonic()
-    try:
-        answer = process.ask({"what": "measure", "ids": ids, "steps": steps}, limit_s)
-    except OverleapError as error:
-        cell.error = error.message
-        if limit_s is not None and time.monotonic() - began >= limit_s:
-            cell.stopped_s, cell.error = limit_s, f"stopped after {limit_s:.0f} s"
-        return
-    cell.prefill_s.append(answer["prefill_s"])
-    cell.steps_s += answer["steps_s"]
-    cell.base_bytes = answer["base_bytes"]
-    if answer["peak_bytes"] is not None:
-        cell.peak_bytes = max(cell.peak_bytes or 0, answer["peak_bytes"])
+class _Asked:
+    """Puts the questions, and remembers who failed at what."""
+
+    def __init__(
+        self, processes: dict[str, _Process], ids: list[int], steps: int, told: Told | None
+    ) -> None:
+        self._processes, self._ids, self._steps = processes, ids, steps
+        self._told = told or (lambda line: None)
+        self._rounds = 0
+        self._failed: dict[str, int] = {}  # program -> tokens at which it failed
+
+    def round(self, cells: dict[tuple[str, int], Cell], first: str, patience: float | None) -> None:
+        """One reading of every cell, but where the last one was long or its program failed."""
+        self._rounds += 1
+        for (name, depth), cell in cells.items():
+            at = self._failed.get(name)
+            if at is not None and (depth >= at or self._processes[name].ended):
+                if not cell.prefill_s and cell.error is None:
+                    cell.error = f"not asked, after it failed at {at} tokens"
+                continue
+            if cell.prefill_s and cell.prefill_s[0] > REPEAT_UNDER_S:
+                continue
+            self._told(f"round {self._rounds}: {name} reads {depth} tokens")
+            ours, limit_s = cells[first, depth], None
+            if patience is not None and cell is not ours and ours.prefill_s:
+                limit_s = patience * ours.prefill_s[0]
+            self._fill(name, depth, cell, limit_s)
+
+    def _fill(self, name: str, depth: int, cell: Cell, limit_s: float | None) -> None:
+        """One reading. A failure is the cell's only where it has no reading yet."""
+        request = {"what": "measure", "ids": self._ids[:depth], "steps": self._steps}
+        began = time.monotonic()
+        try:
+            answer = self._processes[name].ask(request, limit_s)
+        except OverleapError as error:
+            self._failed[name] = depth
+            stopped = limit_s is not None and time.monotonic() - began >= limit_s
+            why = f"stopped after {limit_s:.0f} s" if stopped else error.message
+            if cell.prefill_s:
+                self._told(f"{name} at {depth} tokens: {why}")
+            else:
+                cell.error, cell.stopped_s = why, limit_s if stopped else None
+            return
+        cell.prefill_s.append(answer["prefill_s"])
+        cell.steps_s += answer["steps_s"]
+        cell.base_bytes = answer["base_bytes"]
+        if answer["peak_bytes"] is not None:
+            cell.peak_bytes = max(cell.peak_bytes or 0, answer["peak_bytes"])
+
+    def together(self, name: str, cell: Cell, depth: int) -> None:
+        """Steps of TOGETHER sequences, where their texts, which are read first, are not long."""
+        process = self._processes[name]
+        if process.ended or not cell.prefill_s or cell.prefill_s[0] > REPEAT_UNDER_S:
+            return
+        request = {"what": "together", "ids": self._ids[:depth], "steps": self._steps}
+        try:
+            cell.together_s += process.ask(request | {"sequences": TOGETHER})["steps_s"]
+        except OverleapError as error:
+            self._told(f"{name}, {TOGETHER} at once: {error.message}")
 
 
 def answers(

@@ -17,6 +17,7 @@ from overleap.kernels.conformance.compare import (
     Finding,
     all_of,
     close,
+    misshapen,
     right_experts,
     same_bytes,
     wrong,
@@ -205,10 +206,13 @@ def _stays_nan(x: Tensor, row: RowFormat) -> Check:
     spoiled[:, : min(group, row.width - row.rope)] = row.kind != "wide"
     want = x.cpu().clone()
     want[spoiled] = 1.0
-    want = exact.row_values(exact.row_bytes(want.nan_to_num(1.0, 1.0), row), row)
+    stored = exact.row_bytes(want.nan_to_num(1.0, 1.0), row)
+    want = exact.row_values(stored, row)
     spoiled |= ~x.cpu().isfinite()
 
-    def check(got: Tensor) -> Finding:
+    def check(got: Any) -> Finding:
+        if bad := misshapen(got, tuple(stored.shape), stored.dtype):
+            return bad
         values = exact.row_values(got, row)
         if values[spoiled].isfinite().any():
             return wrong("a NaN or an infinity became a number")

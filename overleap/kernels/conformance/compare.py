@@ -167,6 +167,8 @@ def right_experts(
     best = torch.sort(rank, dim=-1, descending=True, stable=True).indices[:, :k]
 
     def check(got: Any) -> Finding:
+        if not isinstance(got, tuple) or len(got) != 2:
+            return wrong(f"returned {type(got).__name__}, not 2 tensors")
         ids, share = got
         if bad := misshapen(ids, tuple(best.shape), torch.int64):
             return bad
