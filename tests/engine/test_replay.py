@@ -1,6 +1,8 @@
 """Steps played from a record have the bits of those that are said, wherever sequences stand."""
 
+import gc
 import random
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -144,3 +146,14 @@ def test_records_take_little_memory(seed: int, monkeypatch: pytest.MonkeyPatch) 
     small = made(model, CacheFormat.RELEASE)
     list(drive(model, small, seed, 40))
     assert of(small).off and not of(small).kept
+
+
+@needs_native
+def test_records_end_with_their_cache(seed: int) -> None:
+    model = make(seed)
+    cache = made(model, CacheFormat.RELEASE)
+    list(drive(model, cache, seed, 40))
+    there, records = weakref.ref(cache), weakref.ref(of(cache))
+    del cache
+    gc.collect()
+    assert there() is None and records() is None

@@ -2,6 +2,7 @@
 
     python -m tests.peers.variants train FOLDER --variant full --text PATH ... --steps 250
     python -m tests.peers.variants compare hybrid=FOLDER full=FOLDER ... --results results
+        --picture docs/concepts/pictures/variants.png
 
 hybrid is the recipe as it is; full attends every token in layers that have entries otherwise;
 sliding has the window alone in all layers; adamw trains all by AdamW. Same rows, same first values
@@ -180,6 +181,29 @@ def curve(folder: Path, steps: int) -> Iterator[dict[str, Any]]:
         yield point
 
 
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Left: loss of the next token and facts known while learning; right: facts by length after."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    wanted = (("step", "language"), ("step", "certain"), ("length", "facts_certain"))
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        own = [row for row in rows if row["variant"] == variant]
+        for axes, (across, up) in zip(panels, wanted, strict=True):
+            known = [row for row in own if ("length" in row) == (across == "length")]
+            points = [(row[across], row[up]) for row in known if row.get(up) is not None]
+            axes.plot(*zip(*points, strict=True), marker="." * (across == "length"), label=variant)
+            axes.set_xlabel("step" if across == "step" else "tokens of the text")
+            axes.grid(True, color="#dddddd", linewidth=0.8)
+    panels[0].set_title("next token, nats", fontsize=10)
+    panels[1].set_title("planted facts known, while learning", fontsize=10)
+    panels[2].set_title("planted facts known, held out", fontsize=10)
+    panels[2].set_xscale("log", base=2)
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
 def main() -> None:
     """See the file header."""
     parser = argparse.ArgumentParser()
@@ -193,6 +217,7 @@ def main() -> None:
     comparing.add_argument("runs", nargs="+", help="variant=FOLDER")
     comparing.add_argument("--steps", type=int, default=250)
     comparing.add_argument("--results", type=Path, required=True)
+    comparing.add_argument("--picture", type=Path)
     given = parser.parse_args()
     if given.command == "train":
         train(given.folder, given.variant, tuple(given.text), given.steps)
@@ -208,6 +233,8 @@ def main() -> None:
         if ended.exists():
             found = json.loads(ended.read_text("utf-8"))
             rows += [fixed | {"step": found["steps"]} | one for one in found["held_out"]]
+    if given.picture:
+        draw(rows, given.picture)
     print(append(take("variants", rows, {"model": "mini", "steps": given.steps}), given.results))
 
 
