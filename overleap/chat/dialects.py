@@ -145,6 +145,8 @@ def render_body(
     except (recipe.ConversionError, *UNREADABLE) as error:
         raise DialectError(str(error)) from error
     read = request.conversation
+    if wants_any_tool(api, body) and read.thinking_mode:
+        raise DialectError("Thinking mode does not support this tool_choice")
     asked = read.reasoning_effort if _named_effort(api, body) else None
     level = _level(profile, read.thinking_mode, asked if read.thinking_mode else None)
     conversation = recipe.Conversation(
@@ -315,14 +317,14 @@ def _readable(api: Api, body: Mapping[str, Any]) -> dict[str, Any]:
     for field in ("messages", "input"):
         if isinstance(body.get(field), list):
             given[field] = [_known(api, _text_of(item)) for item in body[field]]
-    match body:
-        case {"tool_choice": {"type": "any"} as choice, "tools": [{"name": str(name)}, *_]} if (
-            api == "messages"
-        ):
-            # A choice that names a tool is the only one of Messages that the library has demand a
-            # call. Which one is called, the grammar decides.
-            given["tool_choice"] = {**choice, "type": "tool", "name": name}
     return given
+
+
+def wants_any_tool(api: Api, body: Mapping[str, Any]) -> bool:
+    """Whether Messages demands a call of any of its tools, which the library reads as `auto`."""
+    choice = body.get("tool_choice")
+    asked = isinstance(choice, Mapping) and choice.get("type") == "any"
+    return api == "messages" and asked and bool(body.get("tools"))
 
 
 def _known(api: Api, message: Any) -> Any:

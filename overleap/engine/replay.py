@@ -34,7 +34,8 @@ def step(model: Transformer, batch: Batch, cache: Cache) -> Output:
         return output
     of_cache = _REPLAYS.setdefault(cache, Replays())
     if of_cache.model is not model or of_cache.assigned != model.assigned:
-        of_cache = _REPLAYS[cache] = Replays(model, model.assigned)
+        of_cache = Replays(model, model.assigned, off=not _all_ours(model))
+        _REPLAYS[cache] = of_cache
     return of_cache.step(model, batch, cache)
 
 
@@ -42,14 +43,16 @@ def step(model: Transformer, batch: Batch, cache: Cache) -> Output:
 class Replays:
     """Recorded steps of a model on a cache, the last used at the end.
 
-    seen  keys of steps that came once: what comes twice is recorded
-    off   its steps cannot be recorded, or take more memory than they are worth
+    seen   keys of steps that came once: what comes twice is recorded
+    large  keys of steps that take more memory than they are worth
+    off    its steps cannot be recorded
     """
 
     model: Transformer | None = None
     assigned: int = 0
     kept: "OrderedDict[Key, Played]" = field(default_factory=OrderedDict)
     seen: set[Key] = field(default_factory=set)
+    large: set[Key] = field(default_factory=set)
     off: bool = False
 
     def step(self, model: Transformer, batch: Batch, cache: Cache) -> Output:
@@ -58,23 +61,25 @@ class Replays:
         if (played := self.kept.get(key)) is not None:
             self.kept.move_to_end(key)
             return played.again(batch)
-        again = key in self.seen
-        recording = record(batch.spans, RATIOS) if again and not self.off else None
+        again = key in self.seen and key not in self.large and not self.off
+        recording = record(batch.spans, RATIOS, MOST_BYTES // LEAST_KEPT) if again else None
         if recording is None:
             self.seen.add(key)
             if len(self.seen) > MOST_SEEN:
                 self.seen.clear()
+                self.large.clear()
             output: Output = model(batch, cache)
             return output
         with recording:
             output = model(batch, cache)
-        self.seen.discard(key)
         self._keep(key, Played(batch, output, recording))
         return _copied(output)
 
     def _keep(self, key: Key, played: "Played") -> None:
-        large = LEAST_KEPT * played.recording.nbytes > MOST_BYTES
-        if played.recording.refused is not None or large:
+        if played.recording.large:
+            self.large.add(key)
+            return
+        if played.recording.refused is not None:
             self.off = True
             return
         self.kept[key] = played
@@ -96,6 +101,11 @@ class Played:
         self.recording.play(batch.spans)
         batch.advance()
         return _copied(self.output)
+
+
+def _all_ours(model: Transformer) -> bool:
+    """Whether all ops are the project's: another's native code would go unseen and be left out."""
+    return all(op.__module__.startswith("overleap.kernels.") for op in vars(model.ops).values())
 
 
 def _copied(output: Output) -> Output:

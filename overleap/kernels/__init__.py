@@ -65,13 +65,13 @@ def native(wanted: str = "auto", device: str = "cpu") -> bool:
     )
 
 
-def recording(spans: Spans, ratios: tuple[int, ...]) -> Any:
+def recording(spans: Spans, ratios: tuple[int, ...], most_bytes: int) -> Any:
     """Records the native calls of a step of layers of these ratios; None without native code."""
     try:
         module = import_module("overleap.kernels.cpu.tape")
     except ImportError:
         return None
-    return module.Recording(spans, ratios)
+    return module.Recording(spans, ratios, most_bytes)
 
 
 def preferred(device: str) -> tuple[str, ...]:

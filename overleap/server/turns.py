@@ -18,7 +18,7 @@ import deepseek_recipe as recipe
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from overleap.chat.dialects import Api, Prompt, answer_format, render_body
+from overleap.chat.dialects import Api, Prompt, answer_format, render_body, wants_any_tool
 from overleap.chat.grammar import Grammar, Grammars, Wanted
 from overleap.chat.profiles import Profile
 from overleap.chat.replay import Replay
@@ -281,7 +281,10 @@ def _wanted(
 ) -> Wanted | None:
     """The grammar of an answer, None where anything goes."""
     constraint = read.inference_options.output_constraint
-    if constraint is None or constraint.kind == "tool_call":
+    if wants_any_tool(api, value):
+        every = [_definition(tool) for tool in read.conversation.tools]
+        kind, source = "tool_call_required", json.dumps(every)
+    elif constraint is None or constraint.kind == "tool_call":
         # Beside tools that may be called, the library names no format; nor that of Messages.
         kind, source = _held(answer_format(api, read.conversation, value))
     else:

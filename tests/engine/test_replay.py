@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from overleap import kernels
 from overleap.cache.layout import CacheFormat
 from overleap.cache.state import Cache
 from overleap.engine import replay
@@ -17,6 +16,7 @@ from overleap.engine.choices import Choices
 from overleap.engine.replay import Replays
 from overleap.engine.runner import run
 from overleap.kernels import native, select
+from overleap.kernels.composed import Assembled
 from overleap.model.transformer import Transformer
 from tests.checkpoints import random_tensors, tiny_config
 from tests.oracles.running import poison
@@ -113,7 +113,23 @@ def test_what_cannot_be_repeated_is_said_each_time(seed: int) -> None:
     cache = made(model, CacheFormat.WIDE)
     list(drive(model, cache, seed, 60))
     assert not of(cache).kept
-    assert of(cache).off or kernels.recording(None, ()) is None  # type: ignore[arg-type]
+    assert of(cache).off
+
+
+@needs_native
+def test_native_code_of_others_is_not_left_out(seed: int) -> None:
+    """A recording does not see it, so a model with any of it is not recorded."""
+    model = make(seed)
+    own = model.ops.rms_norm
+
+    def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        return own(x, weight, eps)
+
+    other = Transformer(model.config, Assembled(vars(model.ops) | {"rms_norm": rms_norm}))
+    other.assign(random_tensors(model.config, seed))
+    cache = made(other, CacheFormat.RELEASE)
+    list(drive(other, cache, seed, 60))
+    assert of(cache).off and not of(cache).kept
 
 
 @needs_native
@@ -142,10 +158,26 @@ def test_records_take_little_memory(seed: int, monkeypatch: pytest.MonkeyPatch) 
     for _ in drive(model, cache, seed):
         held = sum(played.recording.nbytes for played in of(cache).kept.values())
         assert held <= 2**20
-    monkeypatch.setattr(replay, "MOST_BYTES", 1000)
-    small = made(model, CacheFormat.RELEASE)
-    list(drive(model, small, seed, 40))
-    assert of(small).off and not of(small).kept
+
+
+@needs_native
+def test_a_large_step_is_said_and_small_ones_are_still_played(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(seed)
+    cache = made(model, CacheFormat.RELEASE)
+    list(drive(model, cache, seed, 60))
+    sizes = sorted(played.recording.nbytes for played in of(cache).kept.values())
+    between = (sizes[0] + sizes[-1]) // 2
+    assert sizes[0] < between < sizes[-1]
+    monkeypatch.setattr(replay, "MOST_BYTES", replay.LEAST_KEPT * between)
+    other, said = made(model, CacheFormat.RELEASE), made(model, CacheFormat.RELEASE)
+    found = list(drive(model, other, seed, 60))
+    assert of(other).large and of(other).kept and not of(other).off
+    assert all(played.recording.nbytes <= between for played in of(other).kept.values())
+    model.watchers.add("the test")
+    for one, want in zip(found, drive(model, said, seed, 60), strict=True):
+        assert torch.equal(one, want)
 
 
 @needs_native

@@ -53,11 +53,13 @@ class Recording(TorchDispatchMode):
     spans    of the step that is recorded
     ratios   of its layers
     refused  what cannot be repeated, None where all can
+    nbytes   that are held; large: more than most_bytes would be, so nothing is, and no call kept
     """
 
-    def __init__(self, spans: Spans, ratios: tuple[int, ...]) -> None:
+    def __init__(self, spans: Spans, ratios: tuple[int, ...], most_bytes: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.refused: str | None = None
+        self.nbytes, self.large, self._most_bytes = 0, False, most_bytes
         self._spans, self._ratios = spans, ratios
         for ratio in ratios:  # made here, they are no work of the step that would be repeated
             spans.begins(ratio)
@@ -85,28 +87,35 @@ class Recording(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func in _REPEATED and result.data_ptr() != args[0].data_ptr():
             self._calls.append(partial(_again, result, func, args, kwargs))
-            self._held.append(result)
+            self._hold(result)
             self._go_on()
         elif func in _ROOM:
-            self._held.append(result)
+            self._hold(result)
         elif func not in _VIEWS | _REPEATED:
             self.refused = self.refused or str(func)
         return result
 
+    def _hold(self, made: Tensor) -> None:
+        self.nbytes += made.nbytes
+        self._held.append(made)
+        if self.nbytes > self._most_bytes:
+            self.large = True
+            self._held.clear()
+            self._calls.clear()
+            _native.record(None)
+
     def _go_on(self) -> None:
+        if self.large:
+            return
         tape = _native.Tape()
         self._calls.append(tape.play)
         _native.record(tape)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that is held."""
-        return sum(tensor.nbytes for tensor in self._held)
 
     def play(self, spans: Spans) -> None:
         """Every call again, for sequences that stand elsewhere; results are where they were."""
         own = self._spans
         own.position_T.copy_(spans.position_T)
+        own.slot_T.copy_(spans.slot_T)
         own.table_BP.copy_(spans.table_BP)
         for ratio in self._ratios:
             own.begins(ratio).copy_(spans.begins(ratio))
