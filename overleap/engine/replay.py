@@ -6,7 +6,7 @@ memory; what differs lies in a few tensors, which are filled anew. All that deci
 made is in `_key`. Not here: recording itself (kernels/cpu/tape.py).
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,8 +19,9 @@ from overleap.kernels import recording as record
 from overleap.model.transformer import Batch, Output, Transformer
 
 MOST_TOKENS = 16  # of a step that is recorded: more are worth their saying
-MOST_BYTES = 16 * 2**20  # that recordings of a cache hold
-LEAST_KEPT = 8  # recordings that must fit: how far sequences are into a block goes round
+MOST_BYTES = 8 * 2**20  # that recordings of a cache hold
+LEAST_KEPT = 4  # recordings that must fit: how far sequences are into a block goes round
+OFTEN = 3  # times that a step comes before it is recorded, which takes as long as a few of it
 MOST_SEEN = 1024
 RATIOS = (CSA_RATIO, HCA_RATIO)
 Key = tuple[object, ...]
@@ -43,7 +44,7 @@ def step(model: Transformer, batch: Batch, cache: Cache) -> Output:
 class Replays:
     """Recorded steps of a model on a cache, the last used at the end.
 
-    seen   keys of steps that came once: what comes twice is recorded
+    seen   how often steps came that were said
     large  keys of steps that take more memory than they are worth
     off    its steps cannot be recorded
     """
@@ -51,7 +52,7 @@ class Replays:
     model: Transformer | None = None
     assigned: int = 0
     kept: "OrderedDict[Key, Played]" = field(default_factory=OrderedDict)
-    seen: set[Key] = field(default_factory=set)
+    seen: Counter[Key] = field(default_factory=Counter)
     large: set[Key] = field(default_factory=set)
     off: bool = False
 
@@ -61,10 +62,10 @@ class Replays:
         if (played := self.kept.get(key)) is not None:
             self.kept.move_to_end(key)
             return played.again(batch)
-        again = key in self.seen and key not in self.large and not self.off
-        recording = record(batch.spans, RATIOS, MOST_BYTES // LEAST_KEPT) if again else None
+        self.seen[key] += 1
+        often = self.seen[key] >= OFTEN and key not in self.large and not self.off
+        recording = record(batch.spans, RATIOS, MOST_BYTES // LEAST_KEPT) if often else None
         if recording is None:
-            self.seen.add(key)
             if len(self.seen) > MOST_SEEN:
                 self.seen.clear()
                 self.large.clear()
@@ -84,7 +85,8 @@ class Replays:
             return
         self.kept[key] = played
         while sum(one.recording.nbytes for one in self.kept.values()) > MOST_BYTES:
-            self.kept.popitem(last=False)
+            oldest, _ = self.kept.popitem(last=False)
+            del self.seen[oldest]
 
 
 @dataclass(eq=False)

@@ -87,8 +87,8 @@ def bits(rows: Tensor) -> Tensor:
 def test_results_belong_to_the_caller(seed: int) -> None:
     model = make(seed)
     cache = made(model, CacheFormat.RELEASE)
-    found = list(drive(model, cache, seed, 60))
-    copies = [logits.clone() for logits in drive(model, made(model, CacheFormat.RELEASE), seed, 60)]
+    found = list(drive(model, cache, seed))
+    copies = [one.clone() for one in drive(model, made(model, CacheFormat.RELEASE), seed)]
     assert all(torch.equal(a, b) for a, b in zip(found, copies, strict=True))
 
 
@@ -111,7 +111,7 @@ def test_new_weights_are_used(seed: int) -> None:
 def test_what_cannot_be_repeated_is_said_each_time(seed: int) -> None:
     model = make(seed, "f32", "torch")
     cache = made(model, CacheFormat.WIDE)
-    list(drive(model, cache, seed, 60))
+    list(drive(model, cache, seed))
     assert not of(cache).kept
     assert of(cache).off
 
@@ -166,17 +166,17 @@ def test_a_large_step_is_said_and_small_ones_are_still_played(
 ) -> None:
     model = make(seed)
     cache = made(model, CacheFormat.RELEASE)
-    list(drive(model, cache, seed, 60))
+    list(drive(model, cache, seed))
     sizes = sorted(played.recording.nbytes for played in of(cache).kept.values())
     between = (sizes[0] + sizes[-1]) // 2
     assert sizes[0] < between < sizes[-1]
     monkeypatch.setattr(replay, "MOST_BYTES", replay.LEAST_KEPT * between)
     other, said = made(model, CacheFormat.RELEASE), made(model, CacheFormat.RELEASE)
-    found = list(drive(model, other, seed, 60))
+    found = list(drive(model, other, seed))
     assert of(other).large and of(other).kept and not of(other).off
     assert all(played.recording.nbytes <= between for played in of(other).kept.values())
     model.watchers.add("the test")
-    for one, want in zip(found, drive(model, said, seed, 60), strict=True):
+    for one, want in zip(found, drive(model, said, seed), strict=True):
         assert torch.equal(one, want)
 
 
@@ -184,7 +184,7 @@ def test_a_large_step_is_said_and_small_ones_are_still_played(
 def test_records_end_with_their_cache(seed: int) -> None:
     model = make(seed)
     cache = made(model, CacheFormat.RELEASE)
-    list(drive(model, cache, seed, 40))
+    list(drive(model, cache, seed))
     there, records = weakref.ref(cache), weakref.ref(of(cache))
     del cache
     gc.collect()

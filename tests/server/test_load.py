@@ -7,6 +7,7 @@ import asyncio
 
 import pytest
 
+from overleap.engine import replay
 from tests.server import load
 
 LONG = 32_768  # by hand 131,072: minutes, and the same ratios
@@ -37,5 +38,5 @@ def test_twice_what_the_machine_can_do(seed: int) -> None:
     assert found.refused > found.accepted / 4, "it was no overload"
     assert found.accepted_p99_s <= 2 * usual.p99_s, f"{found.accepted_p99_s / usual.p99_s:.2f}"
     assert found.refused_p99_s <= 0.1
-    assert found.growth_bytes < 30e6
+    assert found.growth_bytes < 30e6 + replay.MOST_BYTES  # records of steps come with the load
     assert found.after_s <= usual.p99_s, "it recovers"
