@@ -66,6 +66,11 @@ class Recording(TorchDispatchMode):
         self._calls: list[Callable[[], object]] = []
         self._held: list[Tensor] = []  # else others would be given their memory
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: else the first call imports the compiler, 140 MiB that nobody wants."""
+        return False
+
     def __enter__(self) -> Self:
         super().__enter__()  # type: ignore[no-untyped-call]
         self._go_on()
