@@ -33,11 +33,10 @@ def step(model: Transformer, batch: Batch, cache: Cache) -> Output:
     if not small or model.watchers:
         output: Output = model(batch, cache)
         return output
-    of_cache = _REPLAYS.setdefault(cache, Replays())
-    if of_cache.model is not model or of_cache.assigned != model.assigned:
-        of_cache = Replays(model, model.assigned, off=not _all_ours(model))
-        _REPLAYS[cache] = of_cache
-    return of_cache.step(model, batch, cache)
+    known = _REPLAYS.get(cache)
+    if known is None or known.model is not model or known.assigned != model.assigned:
+        known = _REPLAYS[cache] = Replays(model, model.assigned, off=not _all_ours(model))
+    return known.step(batch, cache)
 
 
 @dataclass
@@ -49,16 +48,16 @@ class Replays:
     off    its steps cannot be recorded
     """
 
-    model: Transformer | None = None
-    assigned: int = 0
+    model: Transformer
+    assigned: int
+    off: bool
     kept: "OrderedDict[Key, Played]" = field(default_factory=OrderedDict)
     seen: Counter[Key] = field(default_factory=Counter)
     large: set[Key] = field(default_factory=set)
-    off: bool = False
 
-    def step(self, model: Transformer, batch: Batch, cache: Cache) -> Output:
+    def step(self, batch: Batch, cache: Cache) -> Output:
         """The step, played where one like it was recorded."""
-        key = _key(model, batch)
+        key = _key(self.model, batch)
         if (played := self.kept.get(key)) is not None:
             self.kept.move_to_end(key)
             return played.again(batch)
@@ -69,10 +68,10 @@ class Replays:
             if len(self.seen) > MOST_SEEN:
                 self.seen.clear()
                 self.large.clear()
-            output: Output = model(batch, cache)
+            output: Output = self.model(batch, cache)
             return output
         with recording:
-            output = model(batch, cache)
+            output = self.model(batch, cache)
         self._keep(key, Played(batch, output, recording))
         return _copied(output)
 

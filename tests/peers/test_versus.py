@@ -84,18 +84,22 @@ def test_a_reading_that_takes_too_long_is_stopped(folder: Path) -> None:
     assert stopped.error.startswith("stopped after")
 
 
+class Idle:
+    """Stands where a process does that runs a program; `ask` is the test's."""
+
+    def __init__(self, task: Any, log: Path) -> None:
+        self.program, self.facts = task.program, {"version": "1", "manner": "none"}
+        self.ended = False
+
+    def start(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def test_a_long_reading_is_made_once(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     asked: list[tuple[str, int]] = []
 
-    class Pretended:
-        def __init__(self, task: Any, log: Path) -> None:
-            self.program, self.facts = task.program, {"version": "1", "manner": "none"}
-            self.ended = False
-
-        def start(self) -> None: ...
-
-        def close(self) -> None: ...
-
+    class Pretended(Idle):
         def ask(self, request: dict[str, Any], limit_s: float | None = None) -> dict[str, Any]:
             if request["what"] != "measure":
                 return {"steps_s": [0.1]}
@@ -126,15 +130,7 @@ def test_what_a_program_did_before_it_died_is_kept(
     """Theirs dies in the second round at 7 tokens, ours while it continues eight texts at once."""
     asked: list[tuple[str, int]] = []
 
-    class Pretended:
-        def __init__(self, task: Any, log: Path) -> None:
-            self.program, self.facts = task.program, {"version": "1", "manner": "none"}
-            self.ended = False
-
-        def start(self) -> None: ...
-
-        def close(self) -> None: ...
-
+    class Pretended(Idle):
         def ask(self, request: dict[str, Any], limit_s: float | None = None) -> dict[str, Any]:
             assert not self.ended
             asked.append((self.program, len(request["ids"])))

@@ -96,7 +96,7 @@ class Recording(TorchDispatchMode):
             self._go_on()
         elif func in _ROOM:
             self._hold(result)
-        elif func not in _VIEWS | _REPEATED:
+        elif func not in _VIEWS and func not in _REPEATED:
             self.refused = self.refused or str(func)
         return result
 
@@ -123,7 +123,8 @@ class Recording(TorchDispatchMode):
         own.slot_T.copy_(spans.slot_T)
         own.table_BP.copy_(spans.table_BP)
         for ratio in self._ratios:
-            own.begins(ratio).copy_(spans.begins(ratio))
+            if len(own.begins(ratio)):
+                own.begins(ratio).copy_(spans.begins(ratio))
         sequences(own).move(spans.start, spans.slot)
         for call in self._calls:
             call()
