@@ -153,7 +153,7 @@ def render_body(
         read.messages,
         thinking_mode=read.thinking_mode,
         tools=read.tools,
-        tool_choice=read.tool_choice,
+        tool_choice="required" if wants_any_tool(api, body) else read.tool_choice,
         reasoning_effort=level,
         **answer_format(api, read, body),
     )

@@ -234,7 +234,8 @@ def test_any_tool_has_to_be_called(server: Live) -> None:
     """As with a required call of Chat Completions: by a grammar, and not where thinking is on."""
     body = asked("messages", "a format", tool_choice={"type": "any"})
     body["tools"] = [body["tools"][0] | {"name": "other"}, *body["tools"]]
-    assert "other" in TOKENIZER.decode(ids_of(server, "messages", body))
+    prompt = TOKENIZER.decode(ids_of(server, "messages", body), control=True)
+    assert "other" in prompt and prompt.endswith("tool_calls>\n"), "calls are begun"
     status, answer = call(server, PATHS["messages"], body)
     assert answer["content"][0]["name"] == body["tools"][1]["name"], "the model's own choice"
     assert status == 200 and answer["content"][0]["type"] == "tool_use"
