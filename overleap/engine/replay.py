@@ -7,15 +7,18 @@ made is in `_key`. Not here: recording itself (kernels/cpu/tape.py).
 """
 
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from overleap.cache.state import Cache
 from overleap.config import CSA_RATIO, HCA_RATIO
 from overleap.kernels import recording as record
+from overleap.kernels.spec import Spans
 from overleap.model.transformer import Batch, Output, Transformer
 
 MOST_TOKENS = 16  # of a step that is recorded: more are worth their saying
@@ -29,14 +32,43 @@ Key = tuple[object, ...]
 
 def step(model: Transformer, batch: Batch, cache: Cache) -> Output:
     """As `model(batch, cache)`: the same bits, and the caller's own tensors. In inference mode."""
-    small = len(batch.ids_T) <= MOST_TOKENS and model.device.type == "cpu"
-    if not small or model.watchers:
+    records = _records(model, cache, batch.spans)
+    if records is None:
         output: Output = model(batch, cache)
         return output
-    known = _REPLAYS.get(cache)
-    if known is None or known.model is not model or known.assigned != model.assigned:
-        known = _REPLAYS[cache] = Replays(model, model.assigned, off=not _all_ours(model))
-    return known.step(batch, cache)
+    key = _key(model, batch.spans, batch.rows)
+    if (played := records.find(key)) is not None:
+        found = played.again(batch.spans, batch.ids_T)
+        batch.advance()
+        return Output(*found)
+
+    def said() -> tuple[Tensor, ...]:
+        output = model(batch, cache)
+        return output.logits, output.hidden, output.streams
+
+    return Output(*records.say(key, batch.spans, RATIOS, (batch.ids_T,), said))
+
+
+def draft(
+    model: Transformer,
+    streams_TMD: Tensor,
+    next_T: Tensor,
+    cache: Cache,
+    spans: Spans,
+    rows: Tensor,
+) -> Tensor:
+    """The logits of `model.draft`, as `step` is of the model. The tensors become the record's."""
+
+    def said() -> tuple[Tensor, ...]:
+        return model.draft(streams_TMD, next_T, cache, spans, rows=rows)[:1]
+
+    records = _records(model, cache, spans)
+    if records is None:
+        return said()[0]
+    key = ("draft", spans.count, tuple(rows.tolist()), torch.get_num_threads())
+    if (played := records.find(key)) is not None:
+        return played.again(spans, streams_TMD, next_T)[0]
+    return records.say(key, spans, (), (streams_TMD, next_T), said)[0]
 
 
 @dataclass
@@ -55,25 +87,38 @@ class Replays:
     seen: Counter[Key] = field(default_factory=Counter)
     large: set[Key] = field(default_factory=set)
 
-    def step(self, batch: Batch, cache: Cache) -> Output:
-        """The step, played where one like it was recorded."""
-        key = _key(self.model, batch)
-        if (played := self.kept.get(key)) is not None:
+    def find(self, key: Key) -> "Played | None":
+        """What was recorded of a step like this."""
+        played = self.kept.get(key)
+        if played is not None:
             self.kept.move_to_end(key)
-            return played.again(batch)
+        return played
+
+    def say(
+        self,
+        key: Key,
+        spans: Spans,
+        ratios: tuple[int, ...],
+        given: tuple[Tensor, ...],
+        said: Callable[[], tuple[Tensor, ...]],
+    ) -> tuple[Tensor, ...]:
+        """The step as it is said, recorded where steps like it come often.
+
+        ratios  of the layers that it runs
+        given   tensors that the next such step will have other values of
+        """
         self.seen[key] += 1
         often = self.seen[key] >= OFTEN and key not in self.large and not self.off
-        recording = record(batch.spans, RATIOS, MOST_BYTES // LEAST_KEPT) if often else None
+        recording = record(spans, ratios, MOST_BYTES // LEAST_KEPT) if often else None
         if recording is None:
             if len(self.seen) > MOST_SEEN:
                 self.seen.clear()
                 self.large.clear()
-            output: Output = self.model(batch, cache)
-            return output
+            return said()
         with recording:
-            output = self.model(batch, cache)
-        self._keep(key, Played(batch, output, recording))
-        return _copied(output)
+            results = said()
+        self._keep(key, Played(given, results, recording))
+        return _copied(results)
 
     def _keep(self, key: Key, played: "Played") -> None:
         if played.recording.large:
@@ -92,16 +137,27 @@ class Replays:
 class Played:
     """A recorded step: what it was given, what it yields, and its calls."""
 
-    batch: Batch
-    output: Output
+    given: tuple[Tensor, ...]
+    results: tuple[Tensor, ...]
     recording: Any
 
-    def again(self, batch: Batch) -> Output:
+    def again(self, spans: Spans, *given: Tensor) -> tuple[Tensor, ...]:
         """The step for other tokens at other places."""
-        self.batch.ids_T.copy_(batch.ids_T)
-        self.recording.play(batch.spans)
-        batch.advance()
-        return _copied(self.output)
+        for own, other in zip(self.given, given, strict=True):
+            own.copy_(other)
+        self.recording.play(spans)
+        return _copied(self.results)
+
+
+def _records(model: Transformer, cache: Cache, spans: Spans) -> Replays | None:
+    """Those of the model on the cache, None where a step is not to be recorded."""
+    small = spans.offset[-1] <= MOST_TOKENS and model.device.type == "cpu"
+    if not small or model.watchers:
+        return None
+    known = _REPLAYS.get(cache)
+    if known is None or known.model is not model or known.assigned != model.assigned:
+        known = _REPLAYS[cache] = Replays(model, model.assigned, off=not _all_ours(model))
+    return known
 
 
 def _all_ours(model: Transformer) -> bool:
@@ -109,13 +165,12 @@ def _all_ours(model: Transformer) -> bool:
     return all(op.__module__.startswith("overleap.kernels.") for op in vars(model.ops).values())
 
 
-def _copied(output: Output) -> Output:
-    return Output(output.logits.clone(), output.hidden.clone(), output.streams.clone())
+def _copied(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(result.clone() for result in results)
 
 
-def _key(model: Transformer, batch: Batch) -> Key:
+def _key(model: Transformer, spans: Spans, rows: Tensor | None) -> Key:
     """What steps must have in common to make the same calls on memory of the same shapes."""
-    spans = batch.spans
     blocks = spans.emitted(CSA_RATIO)
     return (
         spans.count,
@@ -123,7 +178,7 @@ def _key(model: Transformer, batch: Batch) -> Key:
         tuple(last - first for first, last in spans.emitted(HCA_RATIO)),
         max(last for _, last in blocks) > model.config.index_topk,
         spans.table_BP.shape[1],
-        None if batch.rows is None else tuple(batch.rows.tolist()),
+        None if rows is None else tuple(rows.tolist()),
         torch.get_num_threads(),
     )
 

@@ -58,7 +58,7 @@ class Follow:
 def draft(model: Transformer, cache: Cache, streams_TMD: Tensor, parts: list[Follow]) -> Tensor:
     """Run the draft block over tokens that a step has just run.
 
-    streams_TMD  of the tokens of all parts, in order
+    streams_TMD  of the tokens of all parts, in order; not used by others
     returns      f32 [R, V]: its logits, one row for each part that wants a proposal
     """
     spans = Spans.of([(part.at, len(part.ids), part.slot, ()) for part in parts], cache.device)
@@ -66,11 +66,11 @@ def draft(model: Transformer, cache: Cache, streams_TMD: Tensor, parts: list[Fol
     ends = zip(spans.offset[1:], parts, strict=True)
     rows = [end - 1 for end, part in ends if part.wanted]
     with torch.inference_mode():
-        logits_RV, _ = model.draft(
+        return replay.draft(
+            model,
             streams_TMD,
             torch.tensor(ids, dtype=torch.int64, device=cache.device),
             cache,
             spans,
             rows=torch.tensor(rows, dtype=torch.int64, device=cache.device),
         )
-    return logits_RV

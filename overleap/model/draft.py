@@ -38,7 +38,7 @@ class MTPBlock(Block):
         """
         from_token = self.e_proj(self.enorm(next_TD))[:, None]
         tokens, streams, width = x_TMD.shape
-        from_past = self.h_proj(self.hnorm(x_TMD).reshape(-1, width))
+        from_past = self.h_proj(self.hnorm(x_TMD).view(-1, width))
         x_TMD = from_token + from_past.view(tokens, streams, width)
         x_TMD = self(x_TMD, next_T, layer, spans)
         return self.norm(collapse_head(self, x_TMD, self.config, self.ops)), x_TMD

@@ -16,7 +16,7 @@ from overleap.cache.state import Cache
 from overleap.engine import replay
 from overleap.engine.choices import Choices
 from overleap.engine.replay import Replays
-from overleap.engine.runner import run
+from overleap.engine.runner import Follow, draft, run, step
 from overleap.kernels import native, select
 from overleap.kernels.composed import Assembled
 from overleap.model.transformer import Transformer
@@ -141,8 +141,8 @@ def test_who_wants_choices_gets_those_of_the_step(seed: int) -> None:
     text = cache.open()
     cache.reserve(text, 600)
     draw = random.Random(seed)
-    for step in range(400):
-        wanted = step % 7 == 6
+    for number in range(400):
+        wanted = number % 7 == 6
         choices.expect([0] if wanted else [])
         run(model, cache, [(text, [draw.randrange(model.config.vocab_size)], 1)])
         if wanted:
@@ -211,3 +211,39 @@ def test_recording_does_not_import_the_compiler() -> None:
         [sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == "False"
+
+
+def drafts(model: Transformer, cache: Cache, seed: int, steps: int = 120) -> Iterator[Tensor]:
+    """Logits of the draft block over a token or two of some of two texts after every step."""
+    draw = random.Random(seed)
+    texts = [cache.open() for _ in range(2)]
+    for text in texts:
+        cache.reserve(text, 400)
+    for _ in range(steps):
+        chosen = texts[: draw.choice([1, 2])]
+        count = draw.choice([1, 1, 2])
+        ids = [[draw.randrange(model.config.vocab_size) for _ in range(count)] for _ in chosen]
+        starts = [text.length for text in chosen]
+        parts = [(text, own, 1) for text, own in zip(chosen, ids, strict=True)]
+        streams = step(model, cache, parts).streams
+        follows = [
+            Follow(text.slot, start, own, draw.random() < 0.9)
+            for text, start, own in zip(chosen, starts, ids, strict=True)
+        ]
+        yield draft(model, cache, streams, follows)
+
+
+@needs_native
+@pytest.mark.parametrize("form", ["release", "bf16", "f32"])
+def test_played_drafts_have_the_bits_of_those_that_are_said(form: str, seed: int) -> None:
+    model = make(seed, form)
+    watched, played = made(model, CacheFormat.RELEASE), made(model, CacheFormat.RELEASE)
+    model.watchers.add("the test")
+    said = list(drafts(model, watched, seed))
+    model.watchers.clear()
+    kept = list(drafts(model, played, seed))
+    assert any(key[0] == "draft" for key in of(played).kept)
+    for number, (one, other) in enumerate(zip(said, kept, strict=True)):
+        assert torch.equal(one, other), number
+    ring = model.config.num_hidden_layers
+    assert torch.equal(bits(watched.layers[ring].ring.rows), bits(played.layers[ring].ring.rows))

@@ -30,6 +30,7 @@ _VIEWS = {
 }
 _REPEATED = {
     _aten._to_copy.default,
+    _aten.add.Tensor,
     _aten.clone.default,
     _aten.contiguous.default,
     _aten.embedding.default,
