@@ -298,24 +298,31 @@ class Sinkhorn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, iterations: int, eps: float) -> Tensor:
         """Softmax over rows, then columns and rows in turn, ending on columns."""
-        soft = logits.softmax(1)
-        state = soft + eps
-        kept = [soft]
-        for step in range(2 * iterations - 1):
-            total = state.sum(step % 2, keepdim=True) + eps
-            state = state / total
-            kept += [state, total]
-        ctx.save_for_backward(*kept)
-        return state
+        ctx.save_for_backward(logits)
+        ctx.settings = iterations, eps
+        _, *kept = _divisions(logits, iterations, eps)
+        return kept[-2]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Each division by a sum: (g - sum(g * out)) / total."""
-        soft, *kept = ctx.saved_tensors
+        """Each division by a sum: (g - sum(g * out)) / total. Made again, they are not held."""
+        soft, *kept = _divisions(*ctx.saved_tensors, *ctx.settings)
         for step in reversed(range(len(kept) // 2)):
             state, total = kept[2 * step : 2 * step + 2]
             grad = (grad - (grad * state).sum(step % 2, keepdim=True)) / total
         return soft * (grad - (grad * soft).sum(1, keepdim=True)), None, None
+
+
+def _divisions(logits: Tensor, iterations: int, eps: float) -> list[Tensor]:
+    """The softmax, then of each division its result and the sums it was by."""
+    soft = logits.softmax(1)
+    state = soft + eps
+    made = [soft]
+    for step in range(2 * iterations - 1):
+        total = state.sum(step % 2, keepdim=True) + eps
+        state = state / total
+        made += [state, total]
+    return made
 
 
 def _norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
