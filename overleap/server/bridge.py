@@ -18,9 +18,19 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
-from overleap.engine.request import Event, Finish, Handle, Progress, Request, Stats, Token
-from overleap.errors import RequestError
-from overleap.server.refusals import overloaded
+from overleap.engine.request import (
+    Event,
+    Finish,
+    FinishReason,
+    Handle,
+    Progress,
+    Request,
+    Stats,
+    Token,
+    Usage,
+)
+from overleap.errors import BackendError, RequestError
+from overleap.server.refusals import Refusal, overloaded
 
 log = logging.getLogger("overleap.server")
 
@@ -126,6 +136,7 @@ class Bridge:
         self._live: dict[str, Generation] = {}
         self._promised = self._promised_tokens = 0  # let in, and not submitted yet
         self._handles: dict[str, tuple[Handle, Generation]] = {}  # the thread's own
+        self._answers: set[asyncio.Future[Any]] = set()  # that the thread owes
         self._loop: asyncio.AbstractEventLoop | None = None
         self._opened: asyncio.Future[None] | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -133,6 +144,7 @@ class Bridge:
         self._rate: float | None = None  # prompt tokens read a second, lately
         self._late_s = 0.0  # how much later than expected first tokens come at most, as a rule
         self._delivered, self._unread_before = 0.0, 0
+        self._ended = False
         self.stopping = False
         self.failures = 0
 
@@ -144,7 +156,7 @@ class Bridge:
         await self._opened
 
     async def stop(self) -> None:
-        """End the thread. Requests still there get no more events."""
+        """End the thread. Requests still there end with an error."""
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
 
@@ -182,6 +194,8 @@ class Bridge:
 
         Raises RequestError for more at once than places and queue hold together.
         """
+        if self._ended:
+            raise _engine_ended()
         if self.stopping:
             raise overloaded("the server is about to stop", 5)
         if requests > self._slots + self._queue:
@@ -220,11 +234,11 @@ class Bridge:
     async def submit(self, requests: Sequence[Request]) -> list[Generation]:
         """Hand requests to the engine between two steps, all of them or none.
 
-        Raises what `Engine.submit` raises.
+        Raises what `Engine.submit` raises, Refusal (503) where the engine has ended.
         """
         assert self._loop is not None
         loop, generations = self._loop, list[Generation]()
-        answer: asyncio.Future[list[Handle]] = loop.create_future()
+        answer: asyncio.Future[list[Handle]] = self._owed()
         prompts = set[int]()
         for request in requests:
             # Answers to one prompt share the tuple, and the engine reads it once.
@@ -284,10 +298,13 @@ class Bridge:
             generation.cancel()
 
     async def ask(self, question: Callable[[Any], Any]) -> Any:
-        """The answer of the engine's thread, between two steps."""
+        """The answer of the engine's thread, between two steps.
+
+        Raises what the question raises, Refusal (503) where the engine has ended.
+        """
         assert self._loop is not None
         loop = self._loop
-        answer: asyncio.Future[Any] = loop.create_future()
+        answer = self._owed()
 
         def command() -> None:
             try:
@@ -298,6 +315,23 @@ class Bridge:
         self._commands.put(command)
         return await answer
 
+    def _owed(self) -> "asyncio.Future[Any]":
+        """What the thread is to answer with; it fails when the thread ends before that."""
+        assert self._loop is not None
+        if self._ended:
+            raise _engine_ended()
+        answer: asyncio.Future[Any] = self._loop.create_future()
+        self._answers.add(answer)
+        answer.add_done_callback(self._answers.discard)
+        return answer
+
+    def _end(self) -> None:
+        """The thread is gone: nothing comes from it any more."""
+        self._ended = self.stopping = True
+        self._live.clear()
+        for answer in self._answers:
+            _fail(answer, _engine_ended())
+
     # -- the thread
 
     def _run(self) -> None:
@@ -306,13 +340,29 @@ class Bridge:
             with self._make() as engine:
                 self._engine = engine
                 self._loop.call_soon_threadsafe(_give, self._opened, None)
-                self._serve()
+                try:
+                    self._serve()
+                finally:
+                    self._give_up()
         except BaseException as error:
             if not self._opened.done():
                 self._loop.call_soon_threadsafe(_fail, self._opened, error)
                 return
             log.critical("the engine's thread has ended", exc_info=error)
-            self.stopping = True  # nothing can be answered any more
+
+    def _give_up(self) -> None:
+        """Let nobody wait for this thread: its requests end, and what it owes fails."""
+        for handle, _ in self._handles.values():
+            if handle.finish is None:
+                handle.finish = Finish(
+                    reason=FinishReason.ERROR,
+                    usage=Usage(prompt_tokens=len(handle.request.prompt)),
+                    seed=handle.seed,
+                    error=BackendError("the engine's thread has ended"),
+                )
+                handle.events.append(handle.finish)
+        self._send()
+        self._tell(self._end)
 
     def _serve(self) -> None:
         busy = False
@@ -352,11 +402,15 @@ class Bridge:
             if handle.finish is not None:
                 del self._handles[name]
         if news:
-            assert self._loop is not None
-            try:
-                self._loop.call_soon_threadsafe(self._deliver, news)
-            except RuntimeError:  # the loop is closed: nobody waits
-                self._handles.clear()
+            self._tell(self._deliver, news)
+
+    def _tell(self, what: Callable[..., None], *arguments: Any) -> None:
+        """Have it called in the loop."""
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(what, *arguments)
+        except RuntimeError:  # the loop is closed: nobody waits
+            self._handles.clear()
 
     def _deliver(self, news: list[tuple[Generation, list[Event]]]) -> None:
         now, unread = time.monotonic(), self._unread
@@ -390,6 +444,10 @@ class Bridge:
         usage = generation.finish.usage
         if usage.generated_tokens:
             self._each_s = _blend(self._each_s, usage.prefill_s + usage.decode_s)
+
+
+def _engine_ended() -> Refusal:
+    return Refusal(503, "the engine has ended, the server has to be started again", "engine_ended")
 
 
 def _nothing() -> None:
