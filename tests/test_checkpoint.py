@@ -10,12 +10,13 @@ import struct
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import huggingface_hub
 import psutil
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -310,6 +311,27 @@ def test_convert(source: str, target: Any, seed: int, tmp_path: Path) -> None:
     assert all(same(unchanged[name], tensor) for name, tensor in read(new).items())
 
 
+def test_convert_sets_entries_of_the_tokenizer_config(seed: int, tmp_path: Path) -> None:
+    config = tiny_config(seed)
+    old = write_checkpoint(tmp_path / "old", config, random_tensors(config, seed))
+    entries = {"chat_profile": "v4-pro-base"}
+    convert(old, tmp_path / "made", "bf16", tokenizer_config=entries)
+    for form in ("bf16", "release"):
+        (old / "tokenizer_config.json").write_text('{"bos": "é", "chat_profile": "mini"}', "utf-8")
+        write_manifest(old)
+        new = tmp_path / form
+        convert(old, new, form, tokenizer_config=entries)  # type: ignore[arg-type]
+        said = json.loads((new / "tokenizer_config.json").read_text("utf-8"))
+        assert said == {"bos": "é"} | entries
+        assert verify(new, cache=tmp_path).ok, "the manifest is of what was written"
+    assert json.loads((tmp_path / "made" / "tokenizer_config.json").read_text()) == entries
+    (old / "tokenizer_config.json").write_text("[]")
+    write_manifest(old)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json holds a list"):
+        convert(old, tmp_path / "no", "bf16", tokenizer_config=entries)
+    assert not (tmp_path / "no").exists()
+
+
 def test_convert_refuses_what_fp4_cannot_hold(seed: int, tmp_path: Path) -> None:
     config = tiny_config(seed, moe_intermediate_size=40)
     write_checkpoint(tmp_path / "old", config, random_tensors(config, seed))
@@ -443,6 +465,7 @@ class FakeHub:
     def __init__(self, source: Path, cached: bool) -> None:
         self.source, self.cached = source, cached
         self.downloads: list[str] = []
+        self.files: list[str] = []  # fetched, in order; "*" for what a snapshot has
 
     def snapshot_download(self, hub_id: str, **how: Any) -> Any:
         if how.get("local_files_only"):
@@ -462,10 +485,15 @@ class FakeHub:
         assert how["revision"] == "0123456789abcdef", "what was announced is what is fetched"
         assert "*.safetensors" in how["allow_patterns"]
         self.downloads.append(hub_id)
+        self.files.append("*")
         return str(self.source)
 
     def hf_hub_download(self, hub_id: str, filename: str, **how: Any) -> str:
-        assert filename == "config.json"
+        assert filename in ("config.json", "encoding/encoding_dsv4.py")
+        assert how["revision"] == "0123456789abcdef"
+        if not (self.source / filename).is_file():
+            raise RemoteEntryNotFoundError(filename, response=MagicMock())
+        self.files.append(filename)
         return str(self.source / filename)
 
 
@@ -503,6 +531,15 @@ def test_hub_says_the_sizes_before_it_fetches(
     fake.cached = True
     assert locate("org/name", announce) == tiny
     assert len(said) == 1, "a complete copy in the cache needs no network"
+
+
+def test_the_encoder_of_a_repository_is_fetched_as_a_text(fake: FakeHub, tiny: Path) -> None:
+    """That file alone knows its effort table, where the name tells nothing."""
+    (tiny / "encoding").mkdir()
+    (tiny / "encoding" / "encoding_dsv4.py").write_text("REASONING_EFFORT_PROMPTS = {}\n")
+    assert locate("org/name", lambda _: None) == tiny
+    # Before the rest, because what has all of the weights is not fetched again.
+    assert fake.files == ["config.json", "encoding/encoding_dsv4.py", "*"]
 
 
 def test_hub_refuses_when_the_disk_is_too_small(

@@ -3,7 +3,9 @@
 Not here: the number formats (kernels/torch/quant.py), the layout (table.py, folder.py).
 """
 
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from overleap.cache import layout
 from overleap.cache.layout import CacheFormat
-from overleap.checkpoint.files import DTYPES, Progress, staged
+from overleap.checkpoint.files import DTYPES, Progress, parse_json, staged
 from overleap.checkpoint.folder import GIB, Checkpoint, Kind, write_config, write_tensors
 from overleap.checkpoint.load import Verified, open_checkpoint
 from overleap.checkpoint.manifest import MANIFEST, write_manifest
@@ -40,6 +42,7 @@ def convert(
     form: Form,
     *,
     max_shard_bytes: int = 5 * GIB,
+    tokenizer_config: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Write a checkpoint again in another form, tensor by tensor, with a manifest.
@@ -48,8 +51,11 @@ def convert(
     target    a new folder; tokenizer, model card and other texts are copied into it
     form      `release` FP8 linears and FP4 experts, the rest bf16; `bf16`; `f32`.
               Streams, sinks and biases stay float32 in every form.
+    tokenizer_config  entries to put into the target's tokenizer_config.json: what was told by the
+              name of the source, or by a form that it loses, like the chat profile
     progress  called with bytes done and in all; each counts twice, written and read for the digest
     Packed to bf16 or f32 is exact; to `release` rounds to nearest (exact for what came from it).
+    Raises CheckpointError and ConfigError; then there is no target.
     """
     if form not in FORMS:
         raise CheckpointError(f"no form is called {form!r}", f"forms are {', '.join(FORMS)}")
@@ -64,6 +70,8 @@ def convert(
         for path in sorted(checkpoint.folder.iterdir()):
             if _is_companion(path):
                 shutil.copyfile(path, folder / path.name)
+        if tokenizer_config:
+            _set(folder / "tokenizer_config.json", tokenizer_config)
         write_config(folder, config)
         write_tensors(folder, announced, work.produce, max_shard_bytes, _half(progress, 0))
         write_manifest(folder, _half(progress, 1))
@@ -156,6 +164,15 @@ def _half(progress: Progress | None, before: int) -> Progress | None:
     if progress is None:
         return None
     return lambda done, total: progress(before * total + done, 2 * total)
+
+
+def _set(path: Path, entries: Mapping[str, str]) -> None:
+    """Put entries into a JSON object in a file, which is made where there is none."""
+    found = parse_json(path, path.read_bytes()) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path.name} holds a {type(found).__name__}, expected an object")
+    text = json.dumps(found | dict(entries), indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _kind(spec: TensorSpec, config: ModelConfig) -> Kind:

@@ -8,12 +8,17 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+)
 
 from overleap.checkpoint.folder import read_headers
 from overleap.checkpoint.table import FP4, FP8, Role, TensorSpec, tensor_table
@@ -25,7 +30,9 @@ BUNDLED = ("mini", "bundled")
 _PACKAGE = Path(__file__).parents[1]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 # What is fetched: weights, settings, tokenizer, and the texts that a manifest names. Never code,
-# pickles or other folders.
+# pickles or other folders, but for the encoder: it tells which effort table the weights know
+# (chat/profiles.py) and is read as text, never run.
+_ENCODER = "encoding/encoding_dsv4.py"
 _WANTED = ["*.safetensors", "*.json", "tokenizer*", "LICENSE*"]
 _WANTED += ["*.md", "*.txt", "*.toml", "*.jinja", "*.model"]
 _UNWANTED = ["*/*", "*.py", "*.bin", "*.pt", "*.pth", "*.pkl"]
@@ -107,6 +114,8 @@ def fetch(hub_id: str, announce: Callable[[Preflight], None]) -> Path:
             "free some space, or set HF_HOME to a folder on a larger disk",
         )
     try:
+        with suppress(RemoteEntryNotFoundError):  # not every repository has one
+            huggingface_hub.hf_hub_download(hub_id, _ENCODER, revision=needed.revision)
         return Path(
             huggingface_hub.snapshot_download(
                 hub_id,

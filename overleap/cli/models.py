@@ -109,9 +109,12 @@ def convert(
 
     Example: `overleap models convert mini ./mini-f32 --form f32`
     """
+    from overleap.chat.profiles import PROFILE_KEY, profile_for
     from overleap.checkpoint import convert as run
     from overleap.checkpoint import locate
 
+    folder = locate(source)
+    told = {PROFILE_KEY: profile_for(folder).name}  # the target's name may say something else
     with screen.bar("writing", "B") as bar:
-        run(locate(source), target, form, progress=bar)  # type: ignore[arg-type]
+        run(folder, target, form, tokenizer_config=told, progress=bar)  # type: ignore[arg-type]
     print(target)

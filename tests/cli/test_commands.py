@@ -18,6 +18,7 @@ from overleap.cli import app, screen
 from overleap.cli.demo import demo
 from overleap.config import ModelConfig
 from overleap.errors import OverleapError
+from tests.checkpoints import random_tensors, tiny_config, write_checkpoint
 
 
 def run(*arguments: object, text: str | None = None) -> Result:
@@ -143,6 +144,20 @@ def test_models_show_verify_convert(tmp_path: Path) -> None:
     assert path.name in damaged.stdout
     with pytest.raises(OverleapError, match="no form is called 'int4'"):
         run("models", "convert", "mini", tmp_path / "x", "--form", "int4")
+
+
+@pytest.mark.parametrize("form", ["release", "bf16"])
+def test_a_converted_checkpoint_is_talked_to_as_its_source(
+    form: str, seed: int, tmp_path: Path
+) -> None:
+    """What only the name of the source or its form has told stands in the target's own files."""
+    config = tiny_config(seed, "bf16")
+    for name, profile in (("DeepSeek-V4-Flash-0731", "v4-flash-0731"), ("v4-pro-base",) * 2):
+        source, target = tmp_path / name, tmp_path / f"small {profile[-4:]}"
+        write_checkpoint(source, config, random_tensors(config, seed))
+        assert run("models", "convert", source, target, "--form", form).exit_code == 0
+        facts = [json_of("models", "show", folder) for folder in (source, target)]
+        assert facts[0]["chat_profile"] == facts[1]["chat_profile"] == profile
 
 
 def test_the_bundled_model_is_sound_and_small() -> None:
