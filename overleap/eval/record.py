@@ -18,8 +18,8 @@ import torch
 from overleap import __version__, devices
 from overleap.errors import OverleapError
 from overleap.machine import cores, cpu_info
+from overleap.plan.calibrate import FORMAT, record_lines
 
-FORMAT = "overleap.record/1"
 Scalar = str | int | float | bool | None
 # Instruction sets that decide which kernels can run, as Linux names them (x86, then Arm).
 _TELLING = (
@@ -139,12 +139,7 @@ def append(record: Record, folder: str | Path) -> Path:
 
 def read(path: str | Path) -> list[Record]:
     """The records of a file, oldest first. OverleapError names the line that is damaged."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise OverleapError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise OverleapError(f"{path} holds no records: byte {error.start} is not UTF-8") from None
+    lines = record_lines(path)
     return [Record.from_json(line, f"{path}:{n}") for n, line in enumerate(lines, 1)]
 
 

@@ -2,8 +2,8 @@
 
 A step's time is taken as a sum: so much a layer, a weight byte, an operation of the indexer and of
 attention. The four rates come from the records of this processor by least squares. No torch: the
-records are read as JSON (eval/record.py writes them). Read next: predict.py (bounds by makers'
-figures).
+records are read as JSON; eval/record.py writes them, and checks all of what they say. Read next:
+predict.py (bounds by makers' figures).
 """
 
 import json
@@ -171,7 +171,7 @@ def runs_of(folder: str | Path) -> list[Run]:
     if not path.exists():
         return []
     found: list[Run] = []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(record_lines(path), 1):
         try:
             raw = json.loads(line)
             if raw["format"] != FORMAT:
@@ -184,9 +184,10 @@ def runs_of(folder: str | Path) -> list[Run]:
     return found
 
 
-def _lines(path: Path) -> list[str]:
+def record_lines(path: str | Path) -> list[str]:
+    """The lines of a file of records, oldest first. OverleapError where it cannot be read."""
     try:
-        return path.read_text("utf-8").splitlines()
+        return Path(path).read_text("utf-8").splitlines()
     except OSError as error:
         raise OverleapError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -10,6 +10,7 @@ import pytest
 
 from overleap.errors import OverleapError
 from overleap.eval.record import Record, append, commit, machine, read, take
+from overleap.plan.calibrate import runs_of
 
 
 def sample() -> Record:
@@ -87,6 +88,20 @@ def test_files_that_cannot_be_used_are_said(tmp_path: Path) -> None:
         read(tmp_path / "file")
     with pytest.raises(OverleapError, match="cannot be written"):
         append(sample(), tmp_path / "file")
+
+
+def test_whoever_reads_records_says_the_same_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "speed.jsonl").write_bytes(b"{}\n\xff")
+    said = []
+    for reader, what in ((read, tmp_path / "speed.jsonl"), (runs_of, tmp_path)):
+        with pytest.raises(OverleapError, match="byte 3 is not UTF-8") as caught:
+            reader(what)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    package = Path(__file__).parents[2] / "overleap"
+    sources = [path.read_text("utf-8") for path in package.rglob("*.py")]
+    assert sum(text.count("holds no records") for text in sources) == 1
+    assert sum(text.count('"overleap.record/') for text in sources) == 1
 
 
 def test_kept_records_are_readable() -> None:
