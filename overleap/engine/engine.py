@@ -7,6 +7,7 @@ Read next: docs/walk.md, or scheduler.py for who runs when.
 import secrets
 import time
 from collections.abc import Iterator
+from collections.abc import Sequence as Ids
 from dataclasses import replace
 
 from torch import Tensor
@@ -14,9 +15,9 @@ from torch import Tensor
 from overleap import machine
 from overleap.cache import layout
 from overleap.cache.disk import DiskTier
-from overleap.cache.layout import PAGE_TOKENS, CacheFormat
-from overleap.cache.prefix import Chain, PrefixCache, common_pages
-from overleap.cache.state import Cache
+from overleap.cache.layout import PAGE_TOKENS, CacheFormat, pages_for
+from overleap.cache.prefix import Chain, Hit, PrefixCache, common_pages
+from overleap.cache.state import Cache, Sequence
 from overleap.engine import request as border
 from overleap.engine import runner
 from overleap.engine.budget import SNAPSHOT_BYTES, pages_in
@@ -39,10 +40,13 @@ from overleap.engine.request import (
 from overleap.engine.resident import Resident
 from overleap.engine.run import Run
 from overleap.engine.sampler import score
-from overleap.engine.scheduler import Job, Part, Place, Scheduler
-from overleap.engine.speculate import Speculator
+from overleap.engine.scheduler import Job, Part, Place, Scheduler, all_can_finish
+from overleap.engine.speculate import TOKENS, Speculator
 from overleap.errors import BackendError, ConfigError, OverleapError, RequestError
 from overleap.model.transformer import Transformer
+
+_NO_HIT = Hit(None, (), 0)
+LUMP_PAGES = 4  # that an answer gets at once at least; a long one gets a quarter of what it has
 
 
 class Engine:
@@ -178,16 +182,19 @@ class Engine:
         return Completion(tuple(tokens), handle.finish)
 
     def step(self) -> bool:
-        """Admit what fits and run one packed step. False when there is nothing to do.
+        """Have answers grow, admit what fits, run one packed step. False: there is nothing to do.
 
         An error of the step ends the requests in it, because their state is then undefined;
         one that is not an OverleapError is raised as well.
         """
+        self._grow()
         self._scheduler.admit(self._offer)
-        self._speculator.prepare([self._runs[job.id] for job in self._scheduler.running])
+        moving = [job for job in self._scheduler.running if not job.held_up]
+        self._speculator.prepare([self._runs[job.id] for job in moving])
         parts = self._scheduler.plan(self._pace.beside())
         if not parts:
             assert not self._scheduler.waiting, "a request waits for an idle engine"
+            assert not self._scheduler.running, "all that run are held up"
             return False
         self._peak = max(self._peak, self._held_bytes())
         runs = [self._runs[part.job.id] for part in parts]
@@ -231,16 +238,56 @@ class Engine:
                 rows += range(end - 1 - part.drafted, end)
         self._choices.expect(rows)
 
+    def _grow(self) -> None:
+        """Give every answer the pages of its next tokens, or hold it up.
+
+        Where it may, it gets some more at once: steps are recorded anew (replay.py) whenever the
+        table of pages has changed its shape.
+        """
+        for job in self._scheduler.running:
+            sequence = self._runs[job.id].sequence
+            assert sequence is not None
+            soon = min(job.done + 1 + TOKENS, job.prompt_tokens + job.max_tokens)
+            held = len(sequence.pages)
+            least = pages_for(soon) - held
+            if job.reading or least <= 0:
+                continue
+            most = min(max(LUMP_PAGES, held // LUMP_PAGES), job.pages - held)
+            job.held_up = not any(self._lend(job, sequence, count) for count in (most, least))
+
+    def _lend(self, job: Job, sequence: Sequence, count: int) -> bool:
+        """Give a running job so many pages more, if all can finish then."""
+        free = self._cache.pages_free + self._prefix.reclaimable(_NO_HIT)
+        if not self._can_finish(job, sequence.pages, count, free):
+            return False
+        self._prefix.reclaim(count, _NO_HIT)
+        self._cache.reserve(sequence, (len(sequence.pages) + count) * PAGE_TOKENS)
+        return True
+
+    def _can_finish(self, job: Job, held: Ids[int], count: int, free: int) -> bool:
+        """Whether all that run, and this job, can finish once it has `count` of the free pages.
+
+        held  pages that it holds besides
+        """
+        fresh = range(-count, 0)  # pages that are not chosen yet: numbers that no page has
+        jobs = [(job.pages - len(held) - count, [*held, *fresh])]
+        for other in self._scheduler.running:
+            sequence = self._runs[other.id].sequence
+            if other is not job and sequence is not None:
+                jobs.append((other.pages - len(sequence.pages), sequence.pages))
+        return all_can_finish(free - count, jobs)
+
     def _offer(self, job: Job) -> Place:
-        """Set slot and pages aside for a waiting job, from where a known prefix ends."""
+        """Set a slot and pages of its prompt aside for a waiting job, behind a known prefix."""
         run = self._runs[job.id]
         # The last prompt token is always computed: its logits choose the first token.
         usable = 0 if job.scored else job.prompt_tokens - 1
         hit = self._prefix.lookup(run.chain, usable)
         if not job.scored and self._read_by_another(run, hit.length):
             return Place.LATER
-        needed = job.pages - len(hit.pages)
-        if needed > self._cache.pages_free + self._prefix.reclaimable(hit):
+        needed = pages_for(job.prompt_tokens) - len(hit.pages)
+        free = self._cache.pages_free + self._prefix.reclaimable(hit)
+        if not self._can_finish(job, hit.pages, needed, free):
             return Place.FULL
         try:
             self._prefix.reclaim(needed, hit)
@@ -249,7 +296,7 @@ class Engine:
                 run.sequence = self._cache.open()
             else:
                 run.sequence = self._cache.restore(hit.snapshot, list(hit.pages))
-            self._cache.reserve(run.sequence, job.prompt_tokens + job.max_tokens)
+            self._cache.reserve(run.sequence, job.prompt_tokens)
         except BaseException as error:
             self._fail(run, error)
             if not isinstance(error, OverleapError):
@@ -315,7 +362,7 @@ class Engine:
             run.handle.events.append(token)
         if error is not None:
             self._finish(run, FinishReason.ERROR, error=error)
-        elif job.generated == job.max_tokens:
+        elif not job.reading and job.generated == job.max_tokens:
             self._finish(run, FinishReason.LENGTH)
 
     def _score(self, run: Run, part: Part, rows: list[Tensor]) -> None:
@@ -325,7 +372,9 @@ class Engine:
         following = run.ids[part.start + 1 : part.start + part.count + 1]
         scored = tuple(
             score(logits_V, token, top, self.model.ops)
-            for logits_V, token in zip(rows, following, strict=not part.logits)
+            for logits_V, token in zip(
+                rows, following, strict=part.start + part.count < len(run.ids)
+            )
         )
         run.handle.events.append(Scores(scored))
 

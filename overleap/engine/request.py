@@ -30,7 +30,7 @@ class Sampling:
     seed         the same seed, prompt and model give the same tokens; None draws a fresh seed
     logprobs     None: none; 0: of the chosen token; n: also of the n likeliest. Natural
                  logarithms of the model's own distribution, before all of the above
-    max_tokens   tokens to choose at most, the stop token counted
+    max_tokens   tokens to choose at most, the stop token counted; 0: the prompt is read, no more
     stop_ids     tokens that end the answer; None is the model's end of sequence, () is none
     prompt_logprobs  as logprobs, for the tokens of the prompt; all of it is then computed
     frequency_penalty  taken off a token's logit for every time the answer has it already
@@ -81,8 +81,8 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise RequestError(f"{name} is {value}, it must be 0 or more")
-        if self.max_tokens < 1:
-            raise RequestError(f"max_tokens is {self.max_tokens}, it must be at least 1")
+        if self.max_tokens < 0:
+            raise RequestError(f"max_tokens is {self.max_tokens}, it must be 0 or more")
         for name in _PENALTIES:
             if not -2 <= getattr(self, name) <= 2:
                 raise RequestError(f"{name} is {getattr(self, name)}, it must be from -2 to 2")

@@ -4,8 +4,10 @@ Not here: tensors, pages themselves, customers. It counts tokens and is told wha
 Read next: engine.py (the loop that asks), runner.py (what becomes of a plan), pace.py (how much of
 a prompt goes beside answers).
 
-A job is admitted only when pages for its whole prompt and its longest answer can be set aside, so
-an admitted job always finishes: nothing is preempted, and nothing fails half-way.
+A job gets the pages of its prompt when it is admitted and those of its answer as it grows, but only
+where all that run could still finish one after the other, however long each answer gets
+(`all_can_finish`). So one can always go on, and each that ends gives pages back: nothing is
+preempted, and nothing fails half-way. An answer whose next page others need is held up meanwhile.
 
 Jobs belong to flows. What a flow has had, divided by its weight, is its clock; the flow whose clock
 is behind goes first (start-time fair queueing). A flow that was idle begins at the clock of those
@@ -14,7 +16,7 @@ that were not: nobody saves up.
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -35,6 +37,7 @@ class Job:
     generated  tokens chosen so far; the last of them is not in the cache yet
     drafted    tokens proposed to follow it, to be checked in the next step
     marks      prompt positions where a chunk must end (a snapshot is wanted there)
+    held_up    running, and without a page for its next token: it sits the step out
     """
 
     id: str
@@ -47,6 +50,7 @@ class Job:
     generated: int = 0
     drafted: int = 0
     marks: set[int] = field(default_factory=set)
+    held_up: bool = False
 
     @property
     def pages(self) -> int:
@@ -95,6 +99,28 @@ class Place(Enum):
     DROPPED = "dropped"  # it failed and has been removed
 
 
+def all_can_finish(free: int, jobs: Iterable[tuple[int, Sequence[int]]]) -> bool:
+    """Whether all can finish, one after the other, where each takes the most it may.
+
+    free  pages that none of them holds; below 0: so many too few
+    jobs  how many pages each may still take, and which it holds, some of them with others
+
+    Who may take least goes first: whoever finishes only gives back, so no other order does better.
+    """
+    jobs = sorted(jobs, key=lambda job: job[0])
+    if sum(need for need, _ in jobs) <= free:
+        return True
+    back, later = list[int](), set[int]()  # pages that are free when one ends: none behind has them
+    for _, held in reversed(jobs):
+        back.append(len(set(held) - later))
+        later.update(held)
+    for need, _ in jobs:
+        if need > free:
+            return False
+        free += back.pop()
+    return True
+
+
 class Scheduler:
     """Which tokens of which jobs go into the next step.
 
@@ -138,9 +164,12 @@ class Scheduler:
         """Offer places to the waiting jobs: the flow that is behind first, its jobs in order.
 
         `offer` sets the pages of a job aside and, where a prefix of it was found, moves
-        `job.done`. It is not called when all slots are taken.
+        `job.done`. It is not called when all slots are taken, nor while the job that runs longest
+        is held up: those that come later could take what it waits for, again and again.
         """
         passed: set[str] = set()
+        if self.running and self.running[0].held_up:
+            return
         while len(self.running) < self.slots:
             job = self._next(passed)
             if job is None:
@@ -177,14 +206,15 @@ class Scheduler:
 
         Shares let a short prompt pass a long one: what the short ones leave over goes to the
         long ones. Running jobs never outnumber the budget, so each gets a token at least (long
-        prompts where there is any of `beside`). A chunk ends at the next mark at the latest.
+        prompts where there is any of `beside`, and no decode that is held up). A chunk ends at
+        the next mark at the latest.
         Proposals take what is left when each has its token, before the chunks do. Empty: nothing
         runs.
         """
         parts = []
         spare = self.chunk_tokens - len(self.running)
         for job in self.running:
-            if not job.reading:
+            if not job.reading and not job.held_up:
                 drafted = min(job.drafted, spare)
                 parts.append(Part(job, job.done, 1 + drafted, True, drafted))
                 spare -= drafted
@@ -210,7 +240,7 @@ class Scheduler:
             if job.scored:
                 end = min(end, job.done + scored)
             end = min([end, *(mark for mark in job.marks if job.done < mark)])
-            count, ends = end - job.done, end == job.prompt_tokens
+            count, ends = end - job.done, end == job.prompt_tokens and job.max_tokens > 0
             parts.append(Part(job, job.done, count, ends, scored=job.scored))
             budget -= count
             paced -= count * paces

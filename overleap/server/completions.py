@@ -46,7 +46,6 @@ class Asked:
     stops: tuple[str, ...]
     echo: bool
     logprobs: int | None
-    wants_text: bool
     stream: bool
     include_usage: bool
     progress: bool
@@ -95,7 +94,7 @@ def _asked(turns: Turns, raw: bytes, customer: Customer) -> Asked:
     tokenizer, user_id = turns.model.tokenizer, user_id_of(value)
     prompts = [_ids(prompt, body.suffix, tokenizer) for prompt in _prompts(body.prompt)]
     longest = max(map(len, prompts))
-    wanted_tokens = DEFAULT_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
+    wanted_tokens = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
     context = turns.context_of(customer)
     if longest + wanted_tokens > context:
         raise Refusal(
@@ -132,7 +131,7 @@ def _asked(turns: Turns, raw: bytes, customer: Customer) -> Asked:
     stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     return Asked(
         id, int(time.time()), body.model, tuple(prompts), tuple(requests), n, stops,
-        bool(body.echo), body.logprobs, body.max_tokens != 0, bool(body.stream),
+        bool(body.echo), body.logprobs, bool(body.stream),
         bool(body.stream_options and body.stream_options.include_usage),
         bool(body.return_progress), _format(body.response_format),
     )  # fmt: skip
@@ -208,14 +207,14 @@ class _Piece:
 
     def push(self, token: Token) -> None:
         """One more token of the answer."""
-        if self.stopped or not self.asked.wants_text:
+        if self.stopped:
             return
         if self.asked.logprobs is not None:
             self._note(token)
         self._add(self._decoder.push(token.id))
 
     def finish(self) -> None:
-        if not self.stopped and self.asked.wants_text:
+        if not self.stopped:
             self._add(self._decoder.flush())
 
     def _add(self, text: str) -> None:

@@ -269,6 +269,32 @@ def test_echoed_log_probabilities_are_those_of_the_model(trained: Live) -> None:
     assert tops == answer.tokens
 
 
+def test_an_echo_alone_generates_nothing(trained: Live) -> None:
+    """The other way to ask for the same scores: no token is made, and none is counted."""
+    complete = client(trained).completions.create
+    wanted = {"model": NAME, "prompt": "import os", "temperature": 0, "logprobs": 1, "echo": True}
+    alone, more = complete(**wanted, max_tokens=0), complete(**wanted, max_tokens=1)
+    choice, length = alone.choices[0], len(alone.choices[0].logprobs.tokens)
+    assert choice.finish_reason == "length" and alone.usage.completion_tokens == 0
+    assert choice.logprobs.token_logprobs == more.choices[0].logprobs.token_logprobs[:length]
+    assert choice.text == complete(**wanted | {"logprobs": None}, max_tokens=0).choices[0].text
+    assert length == alone.usage.prompt_tokens == more.usage.prompt_tokens
+    stream = list(complete(**wanted, max_tokens=0, stream=True))
+    assert "".join(c.choices[0].text for c in stream if c.choices) == choice.text
+
+
+def test_a_chat_answer_has_a_token_at_least(server: Live) -> None:
+    chat, respond = client(server).chat.completions.create, client(server).responses.create
+    hello: Any = [{"role": "user", "content": "Hello"}]
+    for refused in (
+        lambda: chat(model=NAME, messages=hello, max_tokens=0),
+        lambda: chat(model=NAME, messages=hello, max_completion_tokens=0),
+        lambda: respond(model=NAME, input="Hello", max_output_tokens=0),
+    ):
+        with pytest.raises(openai.BadRequestError, match=r"tokens: .* greater than or equal to 1"):
+            refused()
+
+
 def _id_of(tokenizer: Any, name: str) -> int:
     found = [i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) == name.encode()]
     assert len(found) == 1

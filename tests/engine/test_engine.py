@@ -441,7 +441,7 @@ def test_a_request_whose_pages_cannot_be_had_ends_alone(
     reserve = engine._cache.reserve
 
     def refuse(sequence: Any, length: int) -> None:
-        if length == 50 + 6:
+        if length == 50:
             raise CapacityError("no")
         reserve(sequence, length)
 
@@ -526,6 +526,54 @@ def test_any_mix_of_requests(data: st.DataObject) -> None:
             assert handle.finish.reason is FinishReason.LENGTH
             assert len(ids) == handle.request.sampling.max_tokens
         assert ids == answer(list(handle.request.prompt), len(ids))
+    assert_empty(engine)
+
+
+def test_a_short_answer_does_not_wait_for_one_that_may_get_long(seed: int) -> None:
+    engine, _ = make(pages=8)
+    long = engine.submit(greedy(text(seed, 200), 8 * 128 - 200))
+    engine.step()
+    short = engine.submit(greedy(text(seed + 1, 100)))
+    while short.finish is None:
+        engine.step()
+    assert long.finish is None and len(tokens_of(long)) < 20
+    assert tokens_of(short) == answer(text(seed + 1, 100), 6)
+    drain(engine)
+    assert tokens_of(long) == answer(text(seed, 200), 8 * 128 - 200)
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("snapshot_bytes", [0, 10**9])
+def test_all_that_grow_get_their_pages_and_finish(snapshot_bytes: int, seed: int) -> None:
+    """More is promised than the cache has, answers end where they like, some are aborted."""
+    draw = random.Random(seed)
+    pages = draw.randint(5, 8)
+    engine, _ = make(pages, slots=5, snapshot_bytes=snapshot_bytes, speculate="on")
+    # Both cannot have all that they may ask for, and neither ends before it asks for too much.
+    handles = [engine.submit(greedy(text(seed, 200), pages * 128 - 200))]
+    handles += [engine.submit(greedy(text(seed + 1, 20), (pages - 2) * 128 - 20))]
+    coming, promised, held_up = 16, 0, 0
+    while engine.step() or coming:
+        running = engine._scheduler.running
+        promised = max(promised, sum(job.pages for job in running))
+        held_up += any(job.held_up for job in running)
+        if coming and draw.random() < 0.05:
+            coming -= 1
+            shared = text(seed, draw.choice([0, 128, 200]))
+            prompt = shared + text(seed + 9 + coming, draw.randint(1, 200))
+            most = draw.choice([1, 40, pages * 128 - len(prompt)])
+            stops = (draw.randrange(CONFIG.vocab_size),)
+            sampling = Sampling(temperature=0, max_tokens=most, stop_ids=stops)
+            handles.append(engine.submit(Request(prompt=prompt, sampling=sampling)))
+        if len(handles) > 2 and draw.random() < 0.002:
+            engine.abort(draw.choice(handles[2:]))
+    assert promised > pages and held_up, "the cache was never short of pages"
+    for handle in handles:
+        assert handle.finish is not None and handle.finish.error is None
+        ids = tokens_of(handle)
+        assert ids == answer(list(handle.request.prompt), len(ids))
+        if handle.finish.reason is FinishReason.LENGTH:
+            assert len(ids) == handle.request.sampling.max_tokens
     assert_empty(engine)
 
 

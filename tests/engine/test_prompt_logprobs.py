@@ -7,7 +7,7 @@ import torch
 
 from overleap.cache.layout import CacheFormat
 from overleap.engine.engine import Engine
-from overleap.engine.request import Request, Sampling, Scores, Token
+from overleap.engine.request import FinishReason, Request, Sampling, Scores, Token
 from tests.engine.fake import VOCABULARY, FakeModel, next_logits
 
 
@@ -34,6 +34,24 @@ def test_every_token_but_the_first_has_the_model_s_own(chunk: int, seed: int) ->
             plain = torch.log_softmax(next_logits(prompt[:place]).double(), 0)
             assert token.logprob == pytest.approx(float(plain[prompt[place]]), abs=1e-5)
             assert [i for i, _ in token.top_logprobs] == plain.topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize("chunk", [3, 64, 512])
+def test_a_prompt_is_scored_and_nothing_is_chosen(chunk: int, seed: int) -> None:
+    draw = random.Random(seed)
+    engine = Engine(FakeModel(), pages=2, slots=1, chunk_tokens=chunk)  # type: ignore[arg-type]
+    for length in (1, 63, 64, 65, 256):  # the last of them fills the cache
+        prompt = [draw.randrange(2, VOCABULARY) for _ in range(length)]
+        for top in (0, None):
+            done = engine.generate(
+                Request(prompt=prompt, sampling=Sampling(max_tokens=0, prompt_logprobs=top))
+            )
+            assert done.tokens == () and done.finish.reason is FinishReason.LENGTH
+            assert done.finish.usage.generated_tokens == engine.stats().generated_tokens == 0
+        found = scores_of(
+            engine, Request(prompt=prompt, sampling=Sampling(max_tokens=0, prompt_logprobs=0))
+        )
+        assert [token.id for token in found] == prompt[1:]
 
 
 def test_a_known_prompt_is_computed_again_and_the_answer_is_the_same(seed: int) -> None:

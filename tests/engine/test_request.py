@@ -39,7 +39,7 @@ from overleap.errors import RequestError
         ("seed", -(2**63) - 1, "64 bits"),
         ("seed", 0.5, "expected a whole number"),
         ("logprobs", -1, "logprobs is -1"),
-        ("max_tokens", 0, "max_tokens is 0"),
+        ("max_tokens", -1, "max_tokens is -1"),
         ("max_tokens", None, "expected a whole number"),
         ("stop_ids", (3, -1), "stop_ids holds -1 at 1"),
         ("stop_ids", (3, "x"), "stop_ids holds 'x' at 1"),
@@ -56,7 +56,7 @@ def test_sampling_refuses(field: str, value: Any, sentence: str) -> None:
 
 
 def test_sampling_takes_the_ends_of_its_ranges() -> None:
-    Sampling(temperature=0, top_k=1, top_p=1, min_p=1, seed=-(2**63), logprobs=0, max_tokens=1)
+    Sampling(temperature=0, top_k=1, top_p=1, min_p=1, seed=-(2**63), logprobs=0, max_tokens=0)
     assert Sampling(stop_ids=[4, 5]).stop_ids == (4, 5)  # type: ignore[arg-type]
     assert Sampling(temperature=0).greedy and not Sampling().greedy
 

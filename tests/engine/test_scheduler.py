@@ -1,11 +1,21 @@
 """The scheduler against a ledger: budgets, order of arrival, marks, and that every job ends."""
 
+import random
+from itertools import permutations
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from overleap.cache.layout import PAGE_TOKENS
-from overleap.engine.scheduler import SCORED_TOKENS, Job, Part, Place, Scheduler
+from overleap.engine.scheduler import (
+    SCORED_TOKENS,
+    Job,
+    Part,
+    Place,
+    Scheduler,
+    all_can_finish,
+)
 from overleap.errors import CapacityError, ConfigError
 
 
@@ -207,3 +217,45 @@ def test_scored_prompts_share_the_rows_of_a_step() -> None:
     scheduler.admit(lambda job: Place.TAKEN)
     parts = scheduler.plan()
     assert len(parts) == 8 and sum(part.rows for part in parts) <= SCORED_TOKENS
+
+
+def finishes(free: int, jobs: list[tuple[int, list[int]]]) -> bool:
+    """Whether these jobs can finish in this very order."""
+    for place, (need, held) in enumerate(jobs):
+        if need > free:
+            return False
+        free += len(set(held) - {page for _, others in jobs[place + 1 :] for page in others})
+    return True
+
+
+def test_all_can_finish_is_that_some_order_exists(seed: int) -> None:
+    draw, told = random.Random(seed), {True: 0, False: 0}
+    for _ in range(2000):
+        pages = range(draw.randint(1, 9))
+        jobs = [
+            (draw.randint(0, 5), draw.sample(pages, draw.randint(0, min(4, len(pages)))))
+            for _ in range(draw.randint(1, 5))
+        ]
+        free = draw.randint(-1, 5)
+        expected = any(finishes(free, list(order)) for order in permutations(jobs))
+        assert all_can_finish(free, jobs) == expected, (free, jobs)
+        told[expected] += 1
+    assert min(told.values()) > 100
+
+
+def test_a_decode_that_is_held_up_sits_out_and_nobody_comes_behind_the_oldest() -> None:
+    scheduler = Scheduler(pages=10, slots=4, chunk_tokens=64)
+    first, second, third = (Job(name, 10, 9) for name in "abc")
+    for job in (first, second):
+        scheduler.submit(job)
+    scheduler.admit(lambda job: Place.TAKEN)
+    for part in scheduler.plan():
+        part.job.generated += part.logits
+        scheduler.commit(part)
+    scheduler.submit(third)
+    for held_up, admitted in ((first, False), (second, True)):
+        held_up.held_up = True
+        scheduler.admit(lambda job: Place.TAKEN)
+        assert (third in scheduler.running) == admitted
+        assert held_up not in [part.job for part in scheduler.plan()]
+        held_up.held_up = False
