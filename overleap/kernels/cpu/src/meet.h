@@ -22,7 +22,7 @@ class Fp8Codes {
   public:
     explicit Fp8Codes(const Fp8Reader& of) : of_(of) {}
 
-    void quad(int i, int64_t k, __m512i* v) const {
+    [[gnu::always_inline]] inline void quad(int i, int64_t k, __m512i* v) const {
         for (int p = 0; p < 4; p += 2) {
             __m512i high, low;
             fp8_bytes(quarters(of_.code + i * of_.stride + k + 8 * p, of_.stride), high, low);

@@ -159,7 +159,7 @@ struct PlainReader {
     const Stored& w;
     int64_t first, count;
 
-    void quad(int i, int64_t k, Vector<E>* v) const {
+    [[gnu::always_inline]] inline void quad(int i, int64_t k, Vector<E>* v) const {
         for (int b = 0; b < W / 4; b++) {
             E few[kColumns] = {};
             decode_columns(w, first + (4 * b + i < count ? 4 * b + i : count - 1), k, few);
@@ -193,7 +193,7 @@ struct CopyReader {
     const E* rows;
     int64_t columns;
 
-    void quad(int i, int64_t k, Vector<E>* v) const {
+    [[gnu::always_inline]] inline void quad(int i, int64_t k, Vector<E>* v) const {
         const int64_t stride = columns * static_cast<int64_t>(sizeof(E));
         auto* row = reinterpret_cast<const uint8_t*>(rows + i * columns + k);
         for (int p = 0; p < kPieces<E>; p++)
@@ -225,7 +225,7 @@ class Fp4Reader {
 
     bool fits() const { return shifts(scale, W * groups, -125, 125); }
 
-    void quad(int i, int64_t k, __m512i* v) const {
+    [[gnu::always_inline]] inline void quad(int i, int64_t k, __m512i* v) const {
         const __m512i values = _mm512_load_si512(kFp4Values);
         const __m512i bytes = quarters(code + i * stride + k / 2, stride);
         const __m512i lower = lowering(i, k / kFp4Group);
@@ -269,7 +269,7 @@ struct Fp8Reader {
                shifts(scale, blocks, -117, 119);
     }
 
-    void quad(int i, int64_t k, __m512i* v) const {
+    [[gnu::always_inline]] inline void quad(int i, int64_t k, __m512i* v) const {
         const __m512i shift =
             _mm512_set1_epi16(static_cast<short>((scale[k / kWeightBlock] - 127) * 128));
         for (int p = 0; p < 4; p += 2) {
