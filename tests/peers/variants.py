@@ -175,30 +175,32 @@ def curve(folder: Path, steps: int) -> Iterator[dict[str, Any]]:
     for begin in range(0, steps, CURVE):
         part = [last[step] for step in range(begin, begin + CURVE) if step in last]
         point: dict[str, Any] = {"step": begin + CURVE}
-        for name in ("language", "answer", "certain"):
+        for name in ("language", "answer", "certain", "loss"):
             values = [one[name] for one in part if name in one]
             point[name] = round(statistics.fmean(values), 4) if values else None
         yield point
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Left: loss of the next token and facts known while learning; right: facts by length after."""
+    """Losses while learning, of all tokens and of words asked for; facts known after, by length."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     panels = figure.subplots(1, 3)
-    wanted = (("step", "language"), ("step", "certain"), ("length", "facts_certain"))
+    wanted = (("step", "language"), ("step", "answer"), ("length", "facts_certain"))
     for variant in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == variant]
         for axes, (across, up) in zip(panels, wanted, strict=True):
             known = [row for row in own if ("length" in row) == (across == "length")]
             points = [(row[across], row[up]) for row in known if row.get(up) is not None]
-            axes.plot(*zip(*points, strict=True), marker="." * (across == "length"), label=variant)
+            style = "--" if variant == "adamw" else "-"
+            marker = "." * (across == "length")
+            axes.plot(*zip(*points, strict=True), style, marker=marker, label=variant)
             axes.set_xlabel("step" if across == "step" else "tokens of the text")
             axes.grid(True, color="#dddddd", linewidth=0.8)
     panels[0].set_title("next token, nats", fontsize=10)
-    panels[1].set_title("planted facts known, while learning", fontsize=10)
-    panels[2].set_title("planted facts known, held out", fontsize=10)
+    panels[1].set_title("words asked for, nats", fontsize=10)
+    panels[2].set_title("planted facts known after 250 steps", fontsize=10)
     panels[2].set_xscale("log", base=2)
     panels[0].legend(frameon=False)
     figure.savefig(path, dpi=130)
