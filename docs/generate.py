@@ -88,6 +88,8 @@ def _rule(name: str) -> str:
 
 def _signature(method: ast.FunctionDef) -> str:
     arguments = [f"{a.arg}: {ast.unparse(a.annotation)}" for a in method.args.args if a.annotation]
+    for at, default in enumerate(reversed(method.args.defaults), 1):
+        arguments[-at] += f" = {ast.unparse(default)}"
     result = ast.unparse(method.returns) if method.returns else "None"
     return f"{method.name}({', '.join(arguments)}) -> {result}"
 

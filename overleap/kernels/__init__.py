@@ -121,7 +121,12 @@ def _ops_of(name: str, device: str) -> Mapping[str, Callable[..., Any]]:
                 f"no kernel backend is called {name!r}", f"backends are {', '.join(backends())}"
             )
         module = entries[name].load()
+    if not callable(getattr(module, "ops", None)):
+        raise BackendError(f"backend {name!r} has no function `ops`", "docs/guides/port-a-chip.md")
     ops: Mapping[str, Callable[..., Any]] = module.ops(device)
+    if not isinstance(ops, Mapping):
+        kind = type(ops).__name__
+        raise BackendError(f"`ops` of backend {name!r} returned {kind}, not functions by name")
     unknown = sorted(set(ops) - set(OP_NAMES))
     if unknown:
         raise BackendError(f"backend {name!r} offers {', '.join(unknown)}, which are no ops")

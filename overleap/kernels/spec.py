@@ -248,16 +248,18 @@ class Ops(Protocol):
     unless the docstring says f32. Accumulation is f32. Nothing is written but what an op named
     *_write says.
 
-    Packed bytes may hold any code; a NaN code or scale gives NaN, weights below 2^-126 may count as
-    zero. Errors are relative to the terms' sizes, what a sum would be if nothing cancelled; they
-    and ties: conformance/compare.py. Bytes and operations: cost.py.
+    Packed bytes may hold any code; a NaN code or scale gives NaN, weights below 2^-126 (code times
+    scale) may count as zero. An e8m0 scale with code c is 2^(c - 127), 255 is NaN. Errors are
+    relative to the terms' sizes, what a sum would be if nothing cancelled; they and ties:
+    conformance/compare.py. Bytes and operations: cost.py.
     """
 
     def matmul(self, x: Tensor, weight: Weight, round_input: bool, wide: bool = False) -> Tensor:
         """x [T, K] times weight transposed -> [T, N].
 
-        round_input rounds x to e4m3 in groups of 128 first (power-of-two scales), as the
-        released FP8/FP4 linears do (section 3.6 of the facts).
+        round_input rounds x to e4m3 in groups of 128 first, as the released FP8 and FP4 linears do:
+        scale 2^ceil(log2(amax / 448)) with amax at least 1e-4, ties to the even code. A last group
+        of fewer has its own scale; a group with a NaN or an infinity becomes NaN.
         wide: the result is f32 whatever x is, not rounded to the dtype of x.
         """
         ...
@@ -293,8 +295,11 @@ class Ops(Protocol):
         ...
 
     def quantize(self, x: Tensor, row: RowFormat) -> Tensor:
-        """Values [..., width] as cache rows [..., row]: packed bytes, or f32 for `wide`. Exact rule
-        of section 3.6: scale 2^ceil(log2(amax / max)), ties to even."""
+        """Values [..., width] as cache rows [..., row]: packed bytes, or f32 for `wide`.
+
+        Scales are 2^ceil(log2(amax / max)), ties go to the even code: e4m3 in groups of 64 with max
+        448 and amax at least 1e-4, e2m1 in groups of 32 with max 6 and amax at least 6 * 2^-126.
+        """
         ...
 
     def window_write(self, ring: Tensor, rows_T: Tensor, spans: Spans) -> None:

@@ -302,6 +302,18 @@ def test_an_op_that_raises_or_is_missing_fails(seed: int) -> None:
     }
 
 
+def test_a_failure_shows_the_value_that_is_furthest_off(seed: int) -> None:
+    def off(x: Tensor) -> Tensor:
+        out: Tensor = GOOD.hadamard(x)
+        if len(out) > 2:
+            out[2].view(-1)[3] += 100
+        return out
+
+    failed = [v for v in conform(altered("hadamard", off), seed=seed, only=["hadamard"]) if v.reason]
+    assert failed and not any(v.passed for v in failed)
+    assert any("worst at [2, 3]: " in (v.reason or "") for v in failed), failed
+
+
 @pytest.mark.parametrize("result", [None, 7, (), torch.zeros(3), (torch.zeros(3),), "text"])
 @pytest.mark.parametrize("name", ["route", "quantize", "hc_pre", "sample", "compress_write"])
 def test_a_result_of_any_form_is_a_verdict(name: str, result: Any, seed: int) -> None:

@@ -87,6 +87,19 @@ def test_an_op_that_the_contract_lacks_is_refused(
         select(chip)
 
 
+def test_ops_that_are_no_function_or_return_no_mapping_are_refused(
+    chip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    select(chip)
+    module = sys.modules["some_chip"]
+    monkeypatch.setattr(module, "ops", lambda device: [module.hadamard])
+    with pytest.raises(BackendError, match="returned list"):
+        select(chip)
+    monkeypatch.delattr(module, "ops")
+    with pytest.raises(BackendError, match="has no function `ops`"):
+        select(chip)
+
+
 def test_a_backend_that_does_not_exist_is_refused_with_those_that_do(chip: str) -> None:
     with pytest.raises(BackendError, match="no kernel backend is called 'rope'") as refused:
         select("rope")

@@ -89,7 +89,12 @@ def close(exact: Exact, dtype: torch.dtype, times: float = 1.0) -> Check:
         relative = torch.where(off == 0, 0.0, off / exact.size)
         if relative.isnan().any():
             return wrong(f"{int(relative.isnan().sum())} values are NaN")
-        return Finding(times * float(relative.max()) if relative.numel() else 0.0)
+        if not relative.any():
+            return Finding(0.0)
+        at = torch.unravel_index(relative.argmax(), relative.shape)
+        place = [int(i) for i in at]
+        worst = f"worst at {place}: {float(got[at]):.6g}, exact is {float(exact.want[at]):.6g}"
+        return Finding(times * float(relative.max()), worst)
 
     return check
 

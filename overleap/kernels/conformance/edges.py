@@ -4,6 +4,7 @@ Weights below 2^-126 may count as zero: vector instructions over bf16 take them 
 inputs (cases.py, sequences.py). Read next: exact.py (what must come out).
 """
 
+import math
 from collections.abc import Iterator
 from itertools import product
 
@@ -59,6 +60,12 @@ def matmul(draw: Draw, timed: bool) -> Iterator[Case]:
         x = draw.normal(3, 128)
         check = _close_or_nan(exact.matmul(x, weight, False), torch.float32)
         yield Case("matmul", f"{form} with a scale that is NaN", (x, weight, False), check)
+        weight, x = draw.weight(form, 33, 256), draw.normal(9, 256)
+        x[1, 5], x[3, 200], x[8, 255] = math.inf, -math.inf, math.nan
+        check = _close_or_nan(exact.matmul(x, weight, True), torch.float32)
+        yield Case(
+            "matmul", f"{form}, inputs that are no numbers, rounded", (x, weight, True), check
+        )
 
 
 def _fp8_codes(draw: Draw) -> Weight:
@@ -104,7 +111,7 @@ def _close_or_nan(want: Exact, dtype: torch.dtype) -> Check:
             return bad
         assert isinstance(got, Tensor)
         if not bool(got.cpu()[nan].isnan().all()):
-            return wrong("a NaN of the weights became a number")
+            return wrong("what is NaN became a number")
         return close(rest, dtype)(got.cpu().masked_fill(nan, 0))
 
     return check

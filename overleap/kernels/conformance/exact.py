@@ -7,6 +7,7 @@ Letters: T packed tokens, D hidden width, M streams, H heads, K head width, I in
 J indexer width, X experts per token, E experts, W values of a compressor row.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -64,10 +65,12 @@ def encode(x: Tensor, group: int, grid: Tensor, floor: float) -> tuple[Tensor, T
 
 
 def round_fp8(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """f64 [..., K] after e4m3, and the scale of every value."""
-    codes, scales = encode(x, group, E4M3, FLOOR_E4M3)
+    """f64 [..., K] after e4m3, and the scale of every value; NaN where one of a group is none."""
+    whole = [part.isfinite().all(-1, keepdim=True).expand_as(part) for part in x.split(group, -1)]
+    codes, scales = encode(x.nan_to_num(0, 0, 0), group, E4M3, FLOOR_E4M3)
     spread = scales.repeat_interleave(group, -1)[..., : x.shape[-1]]
-    return E4M3[codes] * spread * torch.where(torch.signbit(x), -1.0, 1.0), spread
+    values = E4M3[codes] * spread * torch.where(torch.signbit(x), -1.0, 1.0)
+    return values.masked_fill(~torch.cat(whole, -1), math.nan), spread
 
 
 def row_bytes(x: Tensor, row: RowFormat) -> Tensor:

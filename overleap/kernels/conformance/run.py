@@ -66,7 +66,8 @@ class Verdict:
 
     error      largest |got - exact| / size over the results; inf where no number can say it
     tolerance  largest error allowed; 0 where every bit counts
-    reason     what is wrong beyond the error: shape, NaN, an exception, an input that changed
+    reason     what is wrong, where it did not pass: the worst value, the shape, NaN, an exception,
+               an input that changed
     seconds    median of one call whose inputs are in no cache, for the cases meant for timing, if
                they were asked for and the op is right; a wrong op is not timed
     cost       bytes that a call must move and operations it must do; None where not timed
@@ -161,7 +162,8 @@ def _try(ops: Ops, name: str, draw: Draw, timed: bool, enough_s: float) -> list[
         found = _judge(op, case, draw.device)
         label = f"{case.name} {str(case.dtype).removeprefix('torch.')}"
         passed = found.error <= case.tolerance
-        verdicts.append(Verdict(name, label, passed, found.error, case.tolerance, found.reason))
+        reason = None if passed else found.reason
+        verdicts.append(Verdict(name, label, passed, found.error, case.tolerance, reason))
         if timed and case.moved:
             large.append((len(verdicts) - 1, case))
         if time.perf_counter() > ended:

@@ -60,7 +60,7 @@ _E4M3 = _Format(-6, 3, 8, 0x600000, _E4M3_VALUES)  # largest 1.75 * 2^8 = 448
 _E2M1 = _Format(0, 1, 2, 0x400000, _E2M1_VALUES)  # largest 1.5 * 2^2 = 6
 _E2M1_PAIRS = tuple(_E2M1_VALUES[byte >> s & 15] for byte in range(256) for s in (0, 4))
 _FRACTION = 0x7FFFFF  # of a float32
-_FP8_FLOOR = -22  # ceil(log2(1e-4 / 448)): activations, reference section 3.6
+_FP8_FLOOR = -22  # ceil(log2(1e-4 / 448)): activations (official code, act_quant)
 _LOWEST = -126  # ceil(log2(6 * 2^-126 / 6)): FP4; also weights, which know no other floor
 
 
