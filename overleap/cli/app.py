@@ -69,6 +69,8 @@ CACHE_SPACE = "4GiB"
 
 def main() -> None:
     """Entry point: errors meant for people end with status 1, not with a trace."""
+    if sys.argv[1:2] == ["train"]:
+        _take_large_pages()
     try:
         try:
             app()
@@ -86,6 +88,13 @@ def main() -> None:
         _give_up_output()
         screen.show_error(OverleapError(f"what was found cannot be written: {error.strerror}"))
         sys.exit(1)
+
+
+def _take_large_pages() -> None:
+    """Begin again with large pages for large tensors: the C library asks only when it starts."""
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _give_up_output() -> None:

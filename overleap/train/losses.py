@@ -158,7 +158,7 @@ def distillation_loss(
     """KL from the layer's attention to the softmax of the index scores, mean over some tokens.
 
     Target: the joint softmax over window, entries and sink, summed over heads, entries only,
-    normalised to 1 (section 6.2 of the facts). Tokens that see no entry count as zero.
+    normalised to 1. Tokens that see no entry count as zero.
     rows_N  i64 packed rows, in any order
     """
     queries, entries, _, lse = (part.detach() for part in seen)

@@ -1,6 +1,9 @@
 """train, export and eval as a person runs them, on a model that is trained in seconds."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +98,26 @@ def test_a_run_begins_from_a_model(home: Path, tmp_path: Path) -> None:
         (folder / "tokenizer.json").read_bytes() for folder in (home / "model", tmp_path / "run")
     ]
     assert tokenizers[0] == tokenizers[1]
+
+
+TELLS = """
+import os, sys
+def recipe():
+    print(os.environ["GLIBC_TUNABLES"])
+    sys.exit(7)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked of Linux")
+@pytest.mark.parametrize("own", ["", "glibc.malloc.check=0"])
+def test_training_asks_for_large_pages(tmp_path: Path, own: str) -> None:
+    """Before anything is allocated, so by starting once more; a value that is there stays."""
+    (tmp_path / "tells.py").write_text(TELLS)
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    command = [sys.executable, "-m", "overleap.cli", "train", "tells.py", "run"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment | ({"GLIBC_TUNABLES": own} if own else {}),
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 7, done.stderr
+    assert done.stdout == (own or "glibc.malloc.hugetlb=1") + "\n"
