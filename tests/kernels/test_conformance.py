@@ -309,7 +309,9 @@ def test_a_failure_shows_the_value_that_is_furthest_off(seed: int) -> None:
             out[2].view(-1)[3] += 100
         return out
 
-    failed = [v for v in conform(altered("hadamard", off), seed=seed, only=["hadamard"]) if v.reason]
+    failed = [
+        v for v in conform(altered("hadamard", off), seed=seed, only=["hadamard"]) if v.reason
+    ]
     assert failed and not any(v.passed for v in failed)
     assert any("worst at [2, 3]: " in (v.reason or "") for v in failed), failed
 
