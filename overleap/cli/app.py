@@ -6,6 +6,7 @@ Not here: commands. Read next: talk.py.
 import errno
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,6 +66,7 @@ Verify = Annotated[
 CacheSpace = Annotated[str, typer.Option(help="Disk space that it may take.")]
 
 CACHE_SPACE = "4GiB"
+BEGUN_AGAIN = "OVERLEAP_BEGUN_AGAIN"  # some systems take GLIBC_TUNABLES away from a program
 
 
 def main() -> None:
@@ -92,8 +94,10 @@ def main() -> None:
 
 def _take_large_pages() -> None:
     """Begin again with large pages for large tensors: the C library asks only when it starts."""
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    if sys.platform != "linux" or {"GLIBC_TUNABLES", BEGUN_AGAIN} & os.environ.keys():
+        return
+    os.environ |= {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", BEGUN_AGAIN: "1"}
+    with suppress(OSError):  # then without
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -113,12 +113,15 @@ def export(
     Example: `overleap export ./run ./model --form release`
     """
     import_torch()
+    from overleap.chat.profiles import PROFILE_KEY, profile_for
     from overleap.checkpoint import convert
     from overleap.train import kept
 
     step = kept.newest(run)
     if step is None:
         raise TrainingError(f"{run} has no checkpoint", "a run writes one every few minutes")
+    place = kept.place(run, step)
+    told = {PROFILE_KEY: profile_for(place).name}  # the target's name may say something else
     with screen.bar("writing", "B") as bar:
-        convert(kept.place(run, step), target, form, progress=bar)  # type: ignore[arg-type]
+        convert(place, target, form, tokenizer_config=told, progress=bar)  # type: ignore[arg-type]
     print(target)

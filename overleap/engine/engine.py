@@ -41,7 +41,7 @@ from overleap.engine.resident import Resident
 from overleap.engine.run import Run
 from overleap.engine.sampler import score
 from overleap.engine.scheduler import Job, Part, Place, Scheduler, all_can_finish
-from overleap.engine.speculate import TOKENS, Speculator
+from overleap.engine.speculate import Speculator
 from overleap.errors import BackendError, ConfigError, OverleapError, RequestError
 from overleap.model.transformer import Transformer
 
@@ -239,7 +239,7 @@ class Engine:
         self._choices.expect(rows)
 
     def _grow(self) -> None:
-        """Give every answer the pages of its next tokens, or hold it up.
+        """Give every answer the page of its next token, or hold it up.
 
         Where it may, it gets some more at once: steps are recorded anew (replay.py) whenever the
         table of pages has changed its shape.
@@ -247,13 +247,12 @@ class Engine:
         for job in self._scheduler.running:
             sequence = self._runs[job.id].sequence
             assert sequence is not None
-            soon = min(job.done + 1 + TOKENS, job.prompt_tokens + job.max_tokens)
             held = len(sequence.pages)
-            least = pages_for(soon) - held
-            if job.reading or least <= 0:
+            if job.reading or pages_for(job.done + 1) <= held:
                 continue
             most = min(max(LUMP_PAGES, held // LUMP_PAGES), job.pages - held)
-            job.held_up = not any(self._lend(job, sequence, count) for count in (most, least))
+            counts = dict.fromkeys((most, 1))
+            job.held_up = not any(self._lend(job, sequence, count) for count in counts)
 
     def _lend(self, job: Job, sequence: Sequence, count: int) -> bool:
         """Give a running job so many pages more, if all can finish then."""

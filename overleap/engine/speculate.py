@@ -94,7 +94,9 @@ class Speculator:
         self._step = self._gate.decide(len(answering) or len(runs))
         for run in answering:
             job, checks = run.job, self._step is Step.CHECK
-            job.drafted = len(run.draft.tokens) if checks else 0
+            assert run.sequence is not None
+            room = len(run.sequence.pages) * PAGE_TOKENS - 1 - job.done
+            job.drafted = min(len(run.draft.tokens), room) if checks else 0
             if self._whole_pages:
                 job.drafted = min(job.drafted, PAGE_TOKENS - 1 - job.done % PAGE_TOKENS)
 

@@ -25,6 +25,8 @@ def routes(service: Service) -> Iterable[tuple[Any, ...]]:
     """(method, path, access, handler, what it gives) of all of them."""
 
     async def alive(http: HttpRequest, raw: bytes, customer: None) -> Response:
+        if service.bridge.ended:  # for good: who watches over the process is to start it again
+            return json_response({"status": "ended"}, 503)
         return json_response({"status": "ok"})
 
     async def ready(http: HttpRequest, raw: bytes, customer: None) -> Response:

@@ -144,7 +144,7 @@ class Bridge:
         self._rate: float | None = None  # prompt tokens read a second, lately
         self._late_s = 0.0  # how much later than expected first tokens come at most, as a rule
         self._delivered, self._unread_before = 0.0, 0
-        self._ended = False
+        self.ended = False
         self.stopping = False
         self.failures = 0
 
@@ -194,7 +194,7 @@ class Bridge:
 
         Raises RequestError for more at once than places and queue hold together.
         """
-        if self._ended:
+        if self.ended:
             raise _engine_ended()
         if self.stopping:
             raise overloaded("the server is about to stop", 5)
@@ -318,7 +318,7 @@ class Bridge:
     def _owed(self) -> "asyncio.Future[Any]":
         """What the thread is to answer with; it fails when the thread ends before that."""
         assert self._loop is not None
-        if self._ended:
+        if self.ended:
             raise _engine_ended()
         answer: asyncio.Future[Any] = self._loop.create_future()
         self._answers.add(answer)
@@ -327,7 +327,7 @@ class Bridge:
 
     def _end(self) -> None:
         """The thread is gone: nothing comes from it any more."""
-        self._ended = self.stopping = True
+        self.ended = self.stopping = True
         self._live.clear()
         for answer in self._answers:
             _fail(answer, _engine_ended())
@@ -336,19 +336,21 @@ class Bridge:
 
     def _run(self) -> None:
         assert self._loop is not None and self._opened is not None
+        opened = False
         try:
             with self._make() as engine:
                 self._engine = engine
                 self._loop.call_soon_threadsafe(_give, self._opened, None)
+                opened = True
                 try:
                     self._serve()
                 finally:
                     self._give_up()
         except BaseException as error:
-            if not self._opened.done():
+            if opened:
+                log.critical("the engine's thread has ended", exc_info=error)
+            else:
                 self._loop.call_soon_threadsafe(_fail, self._opened, error)
-                return
-            log.critical("the engine's thread has ended", exc_info=error)
 
     def _give_up(self) -> None:
         """Let nobody wait for this thread: its requests end, and what it owes fails."""

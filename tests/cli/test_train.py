@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from overleap.chat.profiles import PROFILE_KEY, profile_for
 from overleap.cli import app
+from overleap.cli.app import BEGUN_AGAIN
 from overleap.errors import OverleapError
 from overleap.eval.needle import stdlib_sources
 
@@ -61,6 +63,8 @@ def test_the_same_line_or_resume_goes_on(home: Path) -> None:
 def test_checkpoints_and_exports_are_models(home: Path) -> None:
     checkpoint = home / "run" / "checkpoints" / "step-000003"
     wide, small = (json_of("models", "show", folder) for folder in (checkpoint, home / "model"))
+    settings = json.loads((home / "model" / "tokenizer_config.json").read_text("utf-8"))
+    assert settings[PROFILE_KEY] == profile_for(checkpoint).name
     assert wide["parameters"] == small["parameters"]
     assert small["weight_bytes"]["total"] < wide["weight_bytes"]["total"] / 2
     assert run("models", "verify", home / "model").exit_code == 0
@@ -103,21 +107,27 @@ def test_a_run_begins_from_a_model(home: Path, tmp_path: Path) -> None:
 TELLS = """
 import os, sys
 def recipe():
-    print(os.environ["GLIBC_TUNABLES"])
+    print(os.environ.get("GLIBC_TUNABLES"))
     sys.exit(7)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked of Linux")
-@pytest.mark.parametrize("own", ["", "glibc.malloc.check=0"])
-def test_training_asks_for_large_pages(tmp_path: Path, own: str) -> None:
-    """Before anything is allocated, so by starting once more; a value that is there stays."""
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, "glibc.malloc.hugetlb=1"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.check=0"}, "glibc.malloc.check=0"),
+        ({BEGUN_AGAIN: "1"}, "None"),
+    ],
+)
+def test_training_asks_for_large_pages(tmp_path: Path, given: dict[str, str], told: str) -> None:
+    """Before anything is allocated, so by starting once more, and only once."""
     (tmp_path / "tells.py").write_text(TELLS)
-    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | given
     command = [sys.executable, "-m", "overleap.cli", "train", "tells.py", "run"]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment | ({"GLIBC_TUNABLES": own} if own else {}),
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 7, done.stderr
-    assert done.stdout == (own or "glibc.malloc.hugetlb=1") + "\n"
+    assert done.stdout == told + "\n"

@@ -79,5 +79,6 @@ def test_nobody_waits_for_an_engine_that_has_ended(tmp_path: Path, place: str) -
         until(lambda: not server.service.everyone.running)
         asking(server, told, "POST", "/v1/completions", prompt="b", max_tokens=1).join(20)
         asking(server, told, "GET", "/readyz").join(20)
-        assert told["/v1/completions"][0] == told["/readyz"][0] == 503
+        asking(server, told, "GET", "/livez").join(20)
+        assert {told[path][0] for path in ("/v1/completions", "/readyz", "/livez")} == {503}
     assert bridge.running == bridge.waiting == 0
