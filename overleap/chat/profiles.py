@@ -149,6 +149,11 @@ def profile_for(source: str | Path | Mapping[str, Any], *, name: str | None = No
     return profile if folder is None else _corrected(profile, folder)
 
 
+def chatting(profile: Profile) -> Profile:
+    """The profile, or that of the chat model of its size: for a base model that learns to chat."""
+    return profile if profile.chat else _chat_profile(profile.size, "preview")
+
+
 def _folder(source: str | Path | Mapping[str, Any]) -> Path | None:
     if isinstance(source, Mapping):
         return None

@@ -6,6 +6,7 @@ Read next: dialects.py.
 
 import codecs
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, Self
@@ -137,6 +138,10 @@ class Tokenizer:
         pieces = self._split.split(text)
         return self._encode_parts([(piece, i % 2 == 1) for i, piece in enumerate(pieces)])
 
+    def encode_start(self, text: str, tokens: int) -> list[int]:
+        """The first `tokens` ids of a plain text, as encode() has them; the rest is not encoded."""
+        return self._encode_parts([(text, False)], tokens)[:tokens]
+
     def encode_prompt(self, prompt: MarkedText) -> list[int]:
         """Token ids of a prompt: its special ranges are tokens, all other text is plain.
 
@@ -150,12 +155,14 @@ class Tokenizer:
         parts.append((prompt.text[at:], False))
         return self._encode_parts(parts)
 
-    def _encode_parts(self, parts: Sequence[tuple[str, bool]]) -> list[int]:
-        """Encode (text, is_special) in order."""
+    def _encode_parts(
+        self, parts: Sequence[tuple[str, bool]], least: int = sys.maxsize
+    ) -> list[int]:
+        """Encode (text, is_special) in order; of a longer part, `least` ids and some more."""
         ids: list[int] = []
         try:
             for text, is_special in parts:
-                ids += [self.id_of(text)] if is_special else self._encode_plain(text)
+                ids += [self.id_of(text)] if is_special else self._encode_plain(text, least)
         except (TypeError, UnicodeError) as error:
             raise RequestError(
                 "the text is not valid Unicode: it holds a lone surrogate",
@@ -163,10 +170,10 @@ class Tokenizer:
             ) from error
         return ids
 
-    def _encode_plain(self, text: str) -> list[int]:
+    def _encode_plain(self, text: str, least: int) -> list[int]:
         ids: list[int] = []
         start = 0
-        while start < len(text):
+        while start < len(text) and len(ids) < least:
             pieces: list[str] = []
             while start < len(text) and len(pieces) < BATCH:
                 end = self._cut(text, start)

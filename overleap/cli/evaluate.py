@@ -148,7 +148,7 @@ def forms(
 
     a = Reader.open(first, format=cache_format_of(first_cache), dense=first_dense)
     b = Reader.open(second, format=cache_format_of(second_cache))
-    ids = [a.tokenizer.bos_id, *a.tokenizer.encode(_text(text))[:tokens]]
+    ids = [a.tokenizer.bos_id, *a.tokenizer.encode_start(_text(text), tokens)]
     with screen.bar("reading", "tokens") as bar:
         found = apart(a, b, ids, bar)
     if as_json:

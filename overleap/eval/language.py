@@ -35,7 +35,7 @@ def bits_per_byte(
 
     Raises RequestError when the text is shorter than a token a band.
     """
-    ids = reader.tokenizer.encode(text)[:tokens]
+    ids = reader.tokenizer.encode_start(text, tokens)
     if len(ids) < bands:
         raise RequestError(f"the text has {len(ids)} tokens, {bands} bands need more")
     nll = []

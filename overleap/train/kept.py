@@ -28,6 +28,7 @@ from overleap.config import ModelConfig
 from overleap.errors import TrainingError
 
 KEEP = 2  # checkpoints that stay
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -83,13 +84,18 @@ def save_state(
     os.replace(partial, target)
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Those of a run, which its checkpoints carry too."""
+    return [path for path in map(folder.joinpath, TOKENIZER_FILES) if path.exists()]
+
+
 def save_weights(folder: Path, step: int, weights: dict[str, Tensor], config: ModelConfig) -> None:
     """The model folder of a checkpoint, in float32; older ones go."""
     target = place(folder, step)
     if not target.exists():
         wide = config.with_(torch_dtype="float32", expert_dtype=None, quantization_config=None)
         plain = {name: tensor.detach().cpu() for name, tensor in weights.items()}
-        save(plain, wide, target, companions=[folder / "tokenizer.json"])
+        save(plain, wide, target, companions=tokenizer_files(folder))
     for old in steps(folder)[:-KEEP]:
         shutil.rmtree(place(folder, old))
         for state in _states(folder, old):

@@ -22,14 +22,14 @@ from torch import Tensor
 from torch.multiprocessing.spawn import ProcessException, spawn
 
 from overleap import devices
-from overleap.chat.profiles import profile_for
+from overleap.chat.profiles import PROFILE_KEY, Profile, chatting, profile_for
 from overleap.chat.tokenizer import Tokenizer
 from overleap.checkpoint.convert import parameters
 from overleap.checkpoint.placing import is_routed
 from overleap.checkpoint.table import tensor_table
 from overleap.errors import OverleapError, TrainingError
 from overleap.train import kept
-from overleap.train.data import Rows, fact_words
+from overleap.train.data import Chat, Rows, fact_words
 from overleap.train.losses import move_bias
 from overleap.train.muon import Optimizer
 from overleap.train.passes import Pass, best_dtype, peak_flops, trainable
@@ -124,7 +124,7 @@ def _pass_on(log: Path, seen: int, report: Report | None) -> int:
 
 
 def begin(recipe: Recipe, folder: Path) -> None:
-    """recipe.json, tokenizer.json and tokens/ of a folder, made where they are not there yet.
+    """recipe.json, the tokenizer and tokens/ of a folder, made where they are not there yet.
 
     A folder where nothing was trained yet takes another recipe. Raises TrainingError.
     """
@@ -136,7 +136,8 @@ def begin(recipe: Recipe, folder: Path) -> None:
                 "go on with `overleap train resume`, or choose another folder",
             )
         path.unlink()
-        tokenizer.unlink(missing_ok=True)
+        for file in kept.tokenizer_files(folder):
+            file.unlink()
         shutil.rmtree(folder / "tokens", ignore_errors=True)
     if not path.exists():
         try:
@@ -152,6 +153,9 @@ def begin(recipe: Recipe, folder: Path) -> None:
             texts = kept.sample((text for _, text in documents(recipe.text)), TOKENIZER_TEXT)
             train_tokenizer(texts, partial, recipe.vocabulary, fact_words())
         partial.replace(tokenizer)
+    settings = tokenizer.with_name("tokenizer_config.json")
+    if not settings.exists():
+        settings.write_text(json.dumps({PROFILE_KEY: _profile(recipe).name}) + "\n", "utf-8")
     if recipe.text and not (folder / "tokens" / "held_out" / "shard.json").exists():
         build(documents(recipe.text), Tokenizer.from_file(tokenizer), folder / "tokens")
 
@@ -161,6 +165,13 @@ def _copy_tokenizer(base: Path, target: Path) -> None:
         target.write_bytes((base / "tokenizer.json").read_bytes())
     except OSError as error:
         raise TrainingError(f"{base} has no tokenizer that can be read: {error}") from None
+
+
+def _profile(recipe: Recipe) -> Profile:
+    """How the model is talked to, now and when it is served: as its base."""
+    profile = profile_for(recipe.base or recipe.config.to_dict())
+    chats = any(isinstance(source, Chat) for stage in recipe.stages for source in stage.mixture)
+    return chatting(profile) if chats else profile
 
 
 def recipe_of(folder: Path) -> Recipe:
@@ -215,7 +226,7 @@ class Trainer:
                 f"{recipe.config.vocab_size}"
             )
         shard = Shard.open(folder / "tokens" / "train") if recipe.text else None
-        self.rows = Rows(tokenizer, shard, recipe.seed, profile_for(recipe.config.to_dict()))
+        self.rows = Rows(tokenizer, shard, recipe.seed, profile_for(folder))
         for number, stage in enumerate(recipe.stages):  # what cannot be made, now and not in hours
             if not stage.mixture:
                 raise TrainingError(f"stage {number} has an empty mixture, so it has no rows")

@@ -15,6 +15,7 @@ from overleap.chat.dialects import Prompt
 from overleap.chat.replies import ReplyFormat
 from overleap.chat.tokenizer import (
     ASSISTANT,
+    BATCH,
     BOS,
     DSML,
     END_THINK,
@@ -96,6 +97,8 @@ def test_long_texts_are_encoded_in_pieces_that_do_not_show(
         for piece in (65, rng.randint(66, 500)):
             monkeypatch.setattr("overleap.chat.tokenizer.PIECE", piece)
             assert tokenizer.encode(text) == whole
+            start = rng.randint(0, len(whole) + 1)
+            assert tokenizer.encode_start(text, start) == whole[:start]
         monkeypatch.undo()
 
 
@@ -133,6 +136,9 @@ def test_a_long_text_is_never_encoded_as_a_whole(
     monkeypatch.setattr(tokenizer, "_plain", Spy())
     assert tokenizer.encode(text) == references[which].encode(text, add_special_tokens=False).ids
     assert "".join(pieces) == text and max(map(len, pieces)) <= PIECE + NEAR
+    pieces.clear()
+    tokenizer.encode_start(text, 99)
+    assert 0 < sum(map(len, pieces)) <= BATCH * (PIECE + NEAR)
 
 
 def test_a_cut_character_waits_and_ends_in_one_replacement(tokenizer: Tokenizer) -> None:

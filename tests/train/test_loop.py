@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from overleap.chat.profiles import profile_for
 from overleap.checkpoint import load
 from overleap.errors import TrainingError
 from overleap.eval.needle import stdlib_sources
 from overleap.train import kept
-from overleap.train.data import Text
+from overleap.train.data import Chat, Text
 from overleap.train.initial import initial_weights
 from overleap.train.loop import Trainer, begin, run
 from overleap.train.recipe import Recipe, from_json, recipe_named
@@ -216,11 +217,41 @@ def test_a_run_goes_on_from_any_checkpoint(seed: int, tmp_path: Path, begun: Pat
     second = replace(second, text=first.text)
     begin(second, tmp_path / "second")
     trainer = Trainer(second, tmp_path / "second")
+    assert trainer.rows.profile.name == "mini"
     for name, tensor in weights_of(tmp_path / "first", 2).items():
         assert torch.equal(dict(trainer.model.named_parameters())[name], tensor)
     other = replace(second, config=first.config.with_(hidden_size=64))
     with pytest.raises(TrainingError, match="another model"):
         Trainer(other, tmp_path / "second")
+
+
+@pytest.mark.parametrize(
+    ("base", "chats", "talks"),
+    [
+        ("v4-pro-0813", False, "v4-pro-0813"),
+        ("v4-pro-0813", True, "v4-pro-0813"),
+        ("v4-pro-base", False, "v4-pro-base"),
+        ("v4-pro-base", True, "v4-pro"),
+    ],
+)
+def test_a_model_is_talked_to_as_its_base(
+    seed: int, tmp_path: Path, begun: Path, base: str, chats: bool, talks: str
+) -> None:
+    """A base model that learns from conversations becomes a chat model of its size."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "tokenizer.json").write_bytes((begun / "run" / "tokenizer.json").read_bytes())
+    (model / "tokenizer_config.json").write_text(json.dumps({"chat_profile": base}))
+    recipe = replace(small_recipe(seed, 2), base=str(model))
+    if chats:
+        said = tmp_path / "said.jsonl"
+        stages = (replace(recipe.stages[0], mixture=(Chat(str(said)),)),)
+        recipe = replace(recipe, stages=stages)
+    begin(recipe, tmp_path / "run")
+    assert profile_for(tmp_path / "run").name == talks
+    target = kept.place(tmp_path / "run", 1)
+    kept.save_weights(tmp_path / "run", 1, initial_weights(recipe.config, seed), recipe.config)
+    assert profile_for(target).name == talks
 
 
 def test_a_folder_keeps_to_its_recipe(seed: int, tmp_path: Path, begun: Path) -> None:
