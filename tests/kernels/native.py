@@ -1,15 +1,13 @@
-"""What the tests of the native kernels share: instruction sets, threads, random cuts of rows.
+"""What the tests of the native kernels share: instruction sets, random cuts of rows.
 
 Importing this skips the module where the extension was not built.
 """
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
-import torch
 
 native = pytest.importorskip(
     "overleap.kernels.cpu._native", reason="the native kernels were not built", exc_type=ImportError
@@ -36,15 +34,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     native.set_isa(request.param)
     yield request.param
     native.set_isa(best)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """torch's setting, which the native kernels share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
 
 
 def cuts(total: int, number: random.Random) -> list[slice]:

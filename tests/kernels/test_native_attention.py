@@ -20,7 +20,7 @@ from overleap.kernels.spec import Pool, RowFormat, Spans
 from overleap.kernels.torch.attention import window_write
 from tests.kernels.native import cuts as slices
 from tests.kernels.native import isa
-from tests.kernels.native import threads as threads_set
+from tests.oracles.running import threads as threads_set
 
 from overleap.kernels.cpu.attention import OPS, attend, index_topk  # isort: skip (needs native)
 

@@ -12,7 +12,8 @@ from overleap.kernels import select
 from overleap.kernels.conformance import conform
 from overleap.kernels.spec import Experts, Joint, Weight
 from overleap.kernels.torch.quant import fp4_weight, fp8_weight
-from tests.kernels.native import cuts, isa, threads
+from tests.kernels.native import cuts, isa
+from tests.oracles.running import threads
 
 __all__ = ["isa"]
 

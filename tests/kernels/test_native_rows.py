@@ -16,7 +16,8 @@ from overleap.kernels import select
 from overleap.kernels.conformance import conform
 from overleap.kernels.spec import Pool, RowFormat, Spans
 from overleap.kernels.torch import attention as definition
-from tests.kernels.native import cuts, isa, threads
+from tests.kernels.native import cuts, isa
+from tests.oracles.running import threads
 
 from overleap.kernels.cpu import rows, sequences, streams  # isort: skip (skipped without native)
 

@@ -12,7 +12,8 @@ import torch
 from overleap.kernels import select
 from overleap.kernels.conformance import conform
 from overleap.kernels.spec import Choice
-from tests.kernels.native import cuts, isa, threads
+from tests.kernels.native import cuts, isa
+from tests.oracles.running import threads
 
 from overleap.kernels.cpu import sampling  # isort: skip (skipped without native)
 

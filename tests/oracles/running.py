@@ -3,6 +3,9 @@
 Not about files: tests/checkpoints.py writes those. Read next: ../test_state.py.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -22,6 +25,17 @@ def build(config: ModelConfig, tensors: dict[str, Tensor], ops: Ops | None = Non
         {n: (t.float() if t.dtype in plain else t).to(where.DEVICE) for n, t in tensors.items()}
     )
     return model
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch's setting, which the native kernels share."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def poison(cache: Cache) -> None:

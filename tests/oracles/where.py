@@ -10,7 +10,7 @@ import os
 import torch
 
 from overleap import devices
-from overleap.kernels import select
+from overleap.kernels import native, select
 from overleap.kernels.spec import Ops
 from tests import pretend
 from tests.kernels import interpreted
@@ -30,3 +30,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 def ops() -> Ops:
     """Of the backend that is tested."""
     return select(BACKEND, DEVICE.type)
+
+
+def exact(backend: str = BACKEND) -> bool:
+    """Whether a row's bits are promised: by native code on a CPU, which computes everything."""
+    return DEVICE.type == "cpu" and backend in ("auto", "cpu") and native(backend)
