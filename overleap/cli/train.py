@@ -6,7 +6,7 @@ Not the loop (train/loop.py) nor what a recipe is (train/recipe.py). Read next: 
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,10 @@ from overleap.cli import screen
 from overleap.cli.app import app
 from overleap.cli.session import import_torch
 from overleap.errors import TrainingError
+
+if TYPE_CHECKING:
+    from overleap.train.data import Source
+    from overleap.train.recipe import Recipe
 
 
 @app.command()
@@ -28,7 +32,7 @@ def train(
         typer.Option(help="File or folder of text (.txt .rst .html .jsonl .parquet .gz ...)."),
     ] = None,
     base: Annotated[
-        Path | None, typer.Option(help="A model folder to go on from, in the official layout.")
+        str | None, typer.Option(help="A model to go on from: a folder, `mini` or a hub id.")
     ] = None,
     ranks: Annotated[int, typer.Option(help="Processes on this machine.", min=1)] = 1,
     spread: Annotated[
@@ -44,6 +48,7 @@ def train(
     # Products of every length of a tile are compiled once; the 1,024 kept else are too few.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     import_torch()
+    from overleap.checkpoint import locate
     from overleap.config import ModelConfig
     from overleap.train.loop import recipe_of, run
     from overleap.train.recipe import recipe_named
@@ -56,23 +61,52 @@ def train(
     else:
         wanted = recipe_named(recipe, RECIPES)
         if text:
-            wanted = replace(wanted, text=tuple(str(path.resolve()) for path in text))
+            wanted = replace(wanted, text=tuple(map(str, text)))
         if base is not None:
             plain = {"torch_dtype": "float32", "expert_dtype": None, "quantization_config": None}
-            config = ModelConfig.from_checkpoint(base).with_(**plain)
-            wanted = replace(wanted, base=str(base.resolve()), config=config)
+            config = ModelConfig.from_checkpoint(locate(base)).with_(**plain)
+            wanted = replace(wanted, base=base, config=config)
+        wanted = _placed(wanted)
     screen.note(f"{wanted.steps:,} steps; log, checkpoints and recipe in {folder}")
+    within = _torchrun()
     with screen.bar("training", "steps") as bar:
         told = _Told(bar, wanted.steps)
-        run(wanted, folder, ranks=ranks, within=_torchrun(), spread=spread, report=told)
+        run(wanted, folder, ranks=ranks, within=within, spread=spread, report=told)
+    if (within is None or within[0] == 0) and not (folder / "losses.png").exists():
+        screen.note("no losses.png was drawn: it takes `pip install overleap[plots]`")
     print(folder)
 
 
-def _torchrun() -> tuple[int, int] | None:
-    """This process's rank and how many there are, under torchrun."""
+def _placed(recipe: "Recipe") -> "Recipe":
+    """With paths that hold wherever the run goes on. Raises TrainingError where text is missing."""
+    from overleap.checkpoint import locate
+    from overleap.train.data import Chat
+
+    sources = [source for stage in recipe.stages for source in stage.mixture]
+    if not recipe.text and not (recipe.base and all(isinstance(s, Chat) for s in sources)):
+        raise TrainingError("this recipe takes text: give --text")
+
+    def whole(source: "Source") -> "Source":
+        if not isinstance(source, Chat):
+            return source
+        return replace(source, path=str(Path(source.path).resolve()))
+
+    return replace(
+        recipe,
+        text=tuple(str(Path(path).resolve()) for path in recipe.text),
+        base=str(locate(recipe.base).resolve()) if recipe.base else "",
+        stages=tuple(
+            replace(stage, mixture=tuple(map(whole, stage.mixture))) for stage in recipe.stages
+        ),
+    )
+
+
+def _torchrun() -> tuple[int, int, int] | None:
+    """This process's rank, how many there are and how many of them here, under torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, ranks, here = (os.environ[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    return int(rank), int(ranks), int(here)
 
 
 class _Told:

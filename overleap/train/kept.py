@@ -13,8 +13,9 @@ import os
 import random
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,35 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from overleap.cache import durable
 from overleap.checkpoint import Checkpoint, save
 from overleap.checkpoint.load import open_checkpoint
+from overleap.checkpoint.table import tensor_table
 from overleap.config import ModelConfig
 from overleap.errors import TrainingError
 
 KEEP = 2  # checkpoints that stay
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _NAME = re.compile(r"step-(\d{6,})")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Inside, no other process trains in `folder`, which is made if missing. Raises TrainingError.
+
+    A killed process lets go of it. Windows has no such locks, so nothing is held there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "train.lock").open("a")
+    except OSError as error:
+        raise TrainingError(f"no run can be in {folder}: {error.strerror}") from None
+    with lock:
+        if sys.platform != "win32" and not durable.take(lock.fileno(), alone=True):
+            raise TrainingError(
+                f"another process trains in {folder}", "wait for its end, or stop it"
+            )
+        yield
 
 
 def steps(folder: Path) -> list[int]:
@@ -120,18 +142,21 @@ def load(
 def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     """Every tensor of a checkpoint as float32 (packed ones unpacked), hash tables as they are.
 
-    Raises TrainingError where it is a model of another shape than `config`.
+    Raises TrainingError where a tensor of `config` is missing there, is one too many or has another
+    shape. What is no weight (YaRN, the context, index_topk) may differ.
     """
     from overleap.kernels.spec import Weight
     from overleap.kernels.torch.quant import dequantize
 
     checkpoint: Checkpoint = open_checkpoint(folder)[0]
-    same = {"torch_dtype": "float32", "expert_dtype": None, "quantization_config": None}
-    if checkpoint.config.with_(**same) != config.with_(**same):
-        raise TrainingError(
-            f"{folder} holds another model than the recipe describes",
-            "a recipe with `base` takes its config from that folder",
-        )
+    there, wanted = _shapes(checkpoint.config), _shapes(config)
+    for name in sorted(there.keys() | wanted.keys()):
+        if there.get(name) != wanted.get(name):
+            raise TrainingError(
+                f"{folder} holds another model than the recipe describes: {name} is "
+                f"{there.get(name, 'missing')} there, {wanted.get(name, 'missing')} in the recipe",
+                "--base takes the config of that folder; a recipe that names its base has its own",
+            )
     out: dict[str, Tensor] = {}
     for name in checkpoint.table:
         if name.endswith(".scale"):
@@ -142,6 +167,12 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
             tensor = dequantize(Weight(tensor, checkpoint.tensor(scale)))
         out[name] = tensor.float() if tensor.is_floating_point() else tensor.clone()
     return out
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of every tensor, as it is when nothing is packed."""
+    table = tensor_table(config.with_(expert_dtype=None, quantization_config=None))
+    return {name: tuple(spec.shape) for name, spec in table.items()}
 
 
 def sample(texts: Iterable[str], characters: int, every: int = 1 << 16) -> Iterator[str]:
@@ -174,13 +205,28 @@ def read_log(folder: Path) -> Iterator[dict[str, float]]:
             yield json.loads(line)
 
 
+def cut_log(folder: Path, step: int) -> None:
+    """Leave in log.jsonl what was before `step`, where a run goes on, and the rollbacks.
+
+    Steps that a kill cost are done, and logged, again: they would be there twice.
+    """
+    path = folder / "log.jsonl"
+    if not path.exists():
+        return
+    left = [r for r in read_log(folder) if "rolled_back_to" in r or r["step"] < step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in left), "utf-8")
+    os.replace(partial, path)
+
+
 def draw_losses(folder: Path) -> Path | None:
     """losses.png of log.jsonl; None where matplotlib (extra `plots`) is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    log = [record for record in read_log(folder) if "rolled_back_to" not in record]
+    steps = (record for record in read_log(folder) if "rolled_back_to" not in record)
+    log = list({record["step"]: record for record in steps}.values())  # as last done
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     for key, label in (("language", "next token"), ("answer", "answers"), ("mtp", "draft block")):

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from overleap.checkpoint.convert import parameters
 from overleap.checkpoint.placing import is_routed
 from overleap.checkpoint.table import tensor_table
 from overleap.errors import OverleapError, TrainingError
+from overleap.machine import cores
 from overleap.train import kept
 from overleap.train.data import Chat, Rows, fact_words
 from overleap.train.losses import move_bias
@@ -52,23 +54,39 @@ def run(
     folder: Path,
     *,
     ranks: int = 1,
-    within: tuple[int, int] | None = None,
+    within: tuple[int, int, int] | None = None,
     spread: bool = False,
     report: Report | None = None,
 ) -> None:
     """Train (or continue) in `folder`, with `ranks` processes on this machine.
 
-    within  this process's rank and how many there are, where others (torchrun) started them all
+    within  this process's rank, how many there are and how many of them here, where others
+            (torchrun) started them all
     spread  each rank keeps its share of the routed experts only (spread.py)
-    Raises TrainingError, also where the folder holds a run of another recipe.
+    Raises TrainingError, also where the folder holds a run of another recipe or another process
+    trains in it.
     """
-    if within is not None:
-        _rank(*within, recipe, folder, "env://", spread, report)
-    elif ranks == 1:
-        _rank(0, 1, recipe, folder, None, False, report)
-    else:
-        begin(recipe, folder)
-        _together(ranks, recipe, folder, spread, report)
+    if within is not None and ranks > 1:
+        raise TrainingError(
+            f"{ranks} ranks were asked for in one of {within[1]} processes", "leave out --ranks"
+        )
+    if spread and (ranks if within is None else within[1]) == 1:
+        raise TrainingError("one rank has no other to spread experts over", "give --ranks N")
+    with kept.alone(folder) if within is None or within[0] == 0 else nullcontext():
+        if within is not None:
+            rank, ranks, here = within
+            _share_cores(here)
+            _rank(rank, ranks, recipe, folder, "env://", spread, report)
+        elif ranks == 1:
+            _rank(0, 1, recipe, folder, None, False, report)
+        else:
+            begin(recipe, folder)
+            _together(ranks, recipe, folder, spread, report)
+
+
+def _share_cores(ranks: int) -> None:
+    """More threads than cores wait for each other at every product."""
+    torch.set_num_threads(max(1, cores() // ranks))
 
 
 def _together(
@@ -102,6 +120,7 @@ def _rank_apart(
     rank: int, ranks: int, recipe: Recipe, folder: Path, meeting: str, spread: bool, failed: Path
 ) -> None:
     """A rank in a process of its own, which leaves word of why it ended."""
+    _share_cores(ranks)
     try:
         _rank(rank, ranks, recipe, folder, meeting, spread, None)
     except OverleapError as error:
@@ -126,7 +145,8 @@ def _pass_on(log: Path, seen: int, report: Report | None) -> int:
 def begin(recipe: Recipe, folder: Path) -> None:
     """recipe.json, the tokenizer and tokens/ of a folder, made where they are not there yet.
 
-    A folder where nothing was trained yet takes another recipe. Raises TrainingError.
+    The log goes on where the last checkpoint stands. A folder where nothing was trained yet takes
+    another recipe. Raises TrainingError.
     """
     path, tokenizer = folder / "recipe.json", folder / "tokenizer.json"
     if path.exists() and from_json(path.read_text("utf-8"), str(path)) != recipe:
@@ -158,6 +178,7 @@ def begin(recipe: Recipe, folder: Path) -> None:
         settings.write_text(json.dumps({PROFILE_KEY: _profile(recipe).name}) + "\n", "utf-8")
     if recipe.text and not (folder / "tokens" / "held_out" / "shard.json").exists():
         build(documents(recipe.text), Tokenizer.from_file(tokenizer), folder / "tokens")
+    kept.cut_log(folder, kept.newest(folder) or 0)
 
 
 def _copy_tokenizer(base: Path, target: Path) -> None:
@@ -192,7 +213,6 @@ def _rank(
     report: Report | None,
 ) -> None:
     if ranks > 1:
-        torch.set_num_threads(1)  # on a shared machine they wait for each other once a step
         kind = devices.kind_of(devices.find())
         if kind is not devices.CPU:  # collectives of objects go over the current device
             torch.get_device_module(kind.type).set_device(rank % devices.count(kind))
@@ -233,7 +253,10 @@ class Trainer:
             for source in stage.mixture:
                 self.rows.row((source,), number, 0, stage.length)
         self.spread = Spread.of(recipe) if spread and self.ranks > 1 else None
-        self.work = Pass(recipe, trainable(recipe), best_dtype(), self.spread)
+        newest = kept.newest(folder)
+        # A run that has a checkpoint no longer needs its base, which may be gone.
+        place = recipe.base if newest is None else str(kept.place(folder, newest))
+        self.work = Pass(recipe, trainable(replace(recipe, base=place)), best_dtype(), self.spread)
         self.model = self.work.model
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         spread_out = self.spread is not None
@@ -251,11 +274,13 @@ class Trainer:
             kept.tidy(folder)
         self.step = self.skipped = self.rollbacks = 0
         self.losses: list[float] = []
-        if (newest := kept.newest(folder)) is not None:
+        if newest is not None:
             self._load(newest)
 
     def run(self) -> None:
         """All steps that are left. MFU counts six operations a weight that a token meets."""
+        if not self.step:
+            self.save()  # a spike may come before the next one is due
         began = saved = time.monotonic()
         first, tokens, peak = self.step, 0, peak_flops(self.work.ops.dtype) * self.ranks
         active = parameters(self.recipe.config, tensor_table(self.recipe.config))["active"]
@@ -299,7 +324,7 @@ class Trainer:
             return None
         rate = recipe.rate_at(self.step) * stage.rate
         self.optimizer.step(recipe.matrix_rate * rate, recipe.other_rate * rate)
-        for bias, load in loads:
+        for bias, load in () if stage.indexer_only else loads:
             move_bias(bias, load, recipe.bias_speed)
         figures = {"step": self.step, "stage": number, "length": stage.length} | record
         self.losses = [*self.losses, record["loss"]][-SPIKE_MEMORY:]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.decorators import mark_unbacked
 
 from overleap.kernels.composed import Composed
 from overleap.kernels.spec import Experts, Pool, RowFormat, Spans, Weight
@@ -23,6 +24,7 @@ from overleap.train.spread import Spread
 ROPE_FREE_GROUP = 64
 INPUT_GROUP = 128
 EXPERT_ROWS = 128
+LIKELY_TOKENS = 8192  # of one pass; compiled loops are divided among threads as if it were so many
 
 
 @dataclass
@@ -64,7 +66,7 @@ class TrainingOps(Composed):
         self.dtype, self.wide = dtype, wide_type(dtype)
         self._written: dict[int, Tensor] = {}
         self._tiles: tuple[Spans, Tiles] | None = None
-        wrap: Callable[[Any], Any] = torch.compile if compiled else (lambda f: f)
+        wrap: Callable[[Any], Any] = _compiled if compiled else (lambda f: f)
         self._norm, self._turn, self._norm_turn = wrap(_norm), wrap(_turn), wrap(_norm_turn)
         self._pre, self._post, self._gated = wrap(_pre), wrap(_post), wrap(_gated)
         self._head = wrap(_head)
@@ -109,19 +111,19 @@ class TrainingOps(Composed):
 
     def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         """See spec.Ops.rms_norm."""
-        out: Tensor = self._norm(x, weight, eps, self.dtype)
+        out: Tensor = self._norm(_any(x), weight, eps, self.dtype)
         return out
 
     def norm_rope(
         self, x: Tensor, weight: Tensor | None, eps: float, position: Tensor, frequency: Tensor
     ) -> Tensor:
         """See spec.Ops.norm_rope."""
-        out: Tensor = self._norm_turn(x, weight, eps, position, frequency, self.dtype)
+        out: Tensor = self._norm_turn(_any(x), weight, eps, _any(position), frequency, self.dtype)
         return out
 
     def rotate(self, x: Tensor, position: Tensor, frequency: Tensor, inverse: bool) -> Tensor:
         """See spec.Ops.rotate."""
-        out: Tensor = self._turn(x, position, frequency, inverse, self.dtype)
+        out: Tensor = self._turn(_any(x), _any(position), frequency, inverse, self.dtype)
         return out
 
     def hadamard(self, x: Tensor) -> Tensor:
@@ -250,7 +252,7 @@ class TrainingOps(Composed):
         both = [torch.cat((gate.data, up.data)).to(self.dtype) for gate, up in pairs]
         rows = self._rounded(x_TD.to(self.dtype), experts.w1[0])[token].split(sizes)
         wide = torch.cat([F.linear(x, w) for x, w in zip(rows, both, strict=True)])
-        hidden = self._gated(wide, share, limit, self.dtype)
+        hidden = self._gated(_any(wide), _any(share), limit, self.dtype)
         inner = self._rounded(hidden, experts.w2[0]).split(sizes)
         down = [F.linear(x, w.data.to(self.dtype)) for x, w in zip(inner, experts.w2, strict=True)]
         out = x_TD.new_zeros(x_TD.shape, dtype=self.wide)
@@ -270,20 +272,35 @@ class TrainingOps(Composed):
         streams = x_TMD.shape[1]
         x_TMD = x_TMD.to(self.wide)
         mix = F.linear(x_TMD.flatten(1), fn.to(self.wide))
-        y, post, comb = self._pre(x_TMD, mix, base, scale, eps, norm_eps, self.dtype)
+        y, post, comb = self._pre(_any(x_TMD), _any(mix), base, scale, eps, norm_eps, self.dtype)
         return y, post, balanced(comb.t().reshape(streams, streams, -1), iterations, eps)
 
     def hc_head(
         self, x_TMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float
     ) -> Tensor:
         """See spec.Ops.hc_head."""
-        out: Tensor = self._head(x_TMD.to(self.wide), fn, base, scale, eps, norm_eps)
+        out: Tensor = self._head(_any(x_TMD.to(self.wide)), fn, base, scale, eps, norm_eps)
         return out
 
     def hc_post(self, y_TD: Tensor, x_TMD: Tensor, post_TM: Tensor, comb_TMM: Tensor) -> Tensor:
         """See spec.Ops.hc_post; comb comes as [M, M, T] from hc_pre above."""
-        out: Tensor = self._post(y_TD, x_TMD, post_TM, comb_TMM)
+        out: Tensor = self._post(_any(y_TD), _any(x_TMD), _any(post_TM), _any(comb_TMM, 2))
         return out
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled for the widths it meets, and once for all numbers of tokens: see _any."""
+    return torch.compile(function, dynamic=False)
+
+
+def _any(x: Tensor, axis: int = 0) -> Tensor:
+    """Tells torch.compile that there may be any number of tokens on this axis.
+
+    Else it takes the first number that it meets for a constant and a second one for a variable,
+    with sums in another order: a run that goes on would meet them otherwise and get other bits.
+    """
+    mark_unbacked(x, axis, hint_override=LIKELY_TOKENS, shape_id="tokens")
+    return x
 
 
 def balanced(logits: Tensor, iterations: int, eps: float) -> Tensor:

@@ -70,14 +70,16 @@ class Recipe:
 
     text            files and folders that become the run's tokens; vocabulary: of the tokenizer
                     that is trained on them. With `base` (a folder in the official layout) weights
-                    and tokenizer are that model's
+                    and tokenizer are that model's; `config` must have the same tensors, and may
+                    have another YaRN, context or index_topk
     muon            for the matrices; else AdamW for all, at other_rate
     group_tokens    tokens of one forward pass; a step is as many passes as it takes
     kept_tokens     passes longer than this keep a layer's input only and compute it again
     language_rows   share of the positions whose logits are made
     distilled       positions of a pass at which the indexer is held against attention
-    spike           a loss above this many times the median of the last hundred is one: the run
-                    goes back to its last checkpoint and leaves out the rows since
+    spike           a loss above this many times the median of the last hundred of its stage is one:
+                    the run goes back to its last checkpoint and leaves out the rows since. The
+                    first 20 steps of a stage only go back from losses that are no number
     """
 
     config: ModelConfig

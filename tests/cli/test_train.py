@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from overleap.chat.profiles import PROFILE_KEY, profile_for
+from overleap.checkpoint import locate
 from overleap.cli import app
 from overleap.cli.app import BEGUN_AGAIN
 from overleap.errors import OverleapError
@@ -102,6 +103,56 @@ def test_a_run_begins_from_a_model(home: Path, tmp_path: Path) -> None:
         (folder / "tokenizer.json").read_bytes() for folder in (home / "model", tmp_path / "run")
     ]
     assert tokenizers[0] == tokenizers[1]
+
+
+def test_bases_texts_and_conversations_are_found_from_anywhere(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe that a run keeps names whole paths; `mini` is one of the bases."""
+    seen: list[Any] = []
+    monkeypatch.setattr("overleap.train.loop.run", lambda recipe, *_, **__: seen.append(recipe))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "talks.py").write_text(
+        "from dataclasses import replace\n"
+        "from overleap.train.data import Chat\n"
+        "from tests.train.small import small_recipe\n"
+        "def recipe():\n"
+        "    made = small_recipe(1, 3)\n"
+        "    stages = tuple(replace(s, mixture=(Chat('said.jsonl'),)) for s in made.stages)\n"
+        "    return replace(made, stages=stages, text=('words.txt',))\n"
+    )
+    assert run("train", "talks.py", "run", "--base", "mini").exit_code == 0
+    (recipe,) = seen
+    assert recipe.text == (str(tmp_path / "words.txt"),)
+    assert {s.path for stage in recipe.stages for s in stage.mixture} == {
+        str(tmp_path / "said.jsonl")
+    }
+    assert recipe.base == str(locate("mini").resolve()) and recipe.config.vocab_size == 8192
+    with pytest.raises(OverleapError, match="takes text: give --text"):
+        run("train", "mini", "run")
+
+
+def test_what_is_asked_of_the_command_is_not_dropped(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OverleapError, match="no other to spread experts over"):
+        run("train", "resume", home / "run", "--spread-experts")
+    numbers = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (numbers | {"TORCHELASTIC_RUN_ID": "x"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(OverleapError, match="2 ranks were asked for in one of 2 processes"):
+        run("train", "resume", home / "run", "--ranks", 2)
+
+
+def test_a_picture_that_cannot_be_drawn_is_said(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "run" / "losses.png").unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "overleap[plots]" in run("train", "resume", home / "run").stderr
+    monkeypatch.undo()
+    assert "overleap[plots]" not in run("train", "resume", home / "run").stderr
+    assert (home / "run" / "losses.png").exists()
 
 
 TELLS = """
