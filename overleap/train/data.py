@@ -86,7 +86,10 @@ class Tasks:
 
 @dataclass(frozen=True)
 class Chat:
-    """Conversations of a JSONL file (`messages`, `tools`), loss on what the assistant says."""
+    """Conversations of a JSONL file (`messages`, `tools`), loss on what the assistant says.
+
+    Each of them once an epoch; one that is longer than a row is cut.
+    """
 
     path: str = ""
     share: float = 1.0
@@ -105,6 +108,8 @@ class Rows:
         self, tokenizer: Tokenizer, shard: Shard | None, seed: int, profile: Profile
     ) -> None:
         self.tokenizer, self.shard, self.seed, self.profile = tokenizer, shard, seed, profile
+        self._sizes: dict[str, list[tuple[int, int]]] = {}
+        self._packings: dict[tuple[str, int, str], list[list[int]]] = {}
         self._user, self._assistant, self._said = (
             tokenizer.id_of(token) for token in (USER, ASSISTANT, END_THINK)
         )
@@ -203,31 +208,67 @@ class Rows:
         return ids, answers, gold
 
     def _chat(self, source: Chat, number: int, length: int, seed: str) -> Row:
-        """As many conversations as fit, in whole pages, from the place that `number` means."""
-        talks = _conversations(source.path)
+        """Conversations in whole pages; an epoch's rows hold each of them once."""
+        talks, rows = _conversations(source.path), self._packing(source.path, length, seed)
+        epoch, place = divmod(number, len(rows))
         ids: list[int] = []
         learn: list[bool] = []
         counts: list[int] = []
-        # A row begins where the row before it would have ended if all talks were of mean length.
-        taken = 0
-        while len(ids) < length and taken < len(talks):
-            epoch, place = divmod(number * max(1, length // 512) + taken, len(talks))
-            talk = talks[int(_order(f"{seed}/{epoch}", len(talks))[place])]
-            taken += 1
-            spoken, wanted = self.spoken(talk)
-            size = -(-len(spoken) // PAGE) * PAGE
-            if size > length - len(ids):
-                if ids:
-                    break
-                spoken, wanted, size = spoken[:length], [*wanted[: length - 1], False], length
-            ids += spoken + [PAD_ID] * (size - len(spoken))
-            learn += wanted + [False] * (size - len(spoken))
-            counts.append(size)
-        if len(ids) < length:
-            counts.append(length - len(ids))
-            learn += [False] * (length - len(ids))
-            ids += [PAD_ID] * (length - len(ids))
+        for pick in rows[int(_order(f"{seed}/{length}/{epoch}", len(rows))[place])]:
+            spoken, wanted = self.spoken(talks[pick][1])
+            if len(spoken) > length:  # what follows the cut is not known
+                spoken, wanted = spoken[:length], [*wanted[: length - 1], False]
+            short = -len(spoken) % PAGE
+            ids += spoken + [PAD_ID] * short
+            learn += wanted + [False] * short
+            counts.append(len(spoken) + short)
+        if short := length - len(ids):
+            counts.append(short)
+            learn += [False] * short
+            ids += [PAD_ID] * short
         return Row(ids, counts, learn, [], [])
+
+    def _packing(self, path: str, length: int, seed: str) -> list[list[int]]:
+        """Which conversations stand in which row: in an order drawn once, as many as fit.
+
+        Raises TrainingError where the cut at `length` leaves nothing of one to learn.
+        """
+        if (path, length, seed) not in self._packings:
+            sizes = self._measured(path)
+            for (line, _), (_, before) in zip(_conversations(path), sizes, strict=True):
+                if before >= length:
+                    cut = sum(size > length for size, _ in sizes)
+                    raise TrainingError(
+                        f"{path} line {line} has {before} tokens before the assistant speaks, "
+                        f"a row takes {length}, so nothing of it is learned",
+                        f"longer rows; {cut} of {len(sizes)} conversations are cut",
+                    )
+            rows, room = list[list[int]](), 0
+            for pick in _order(f"{seed}/{length}", len(sizes)).tolist():
+                size = min(-(-sizes[pick][0] // PAGE) * PAGE, length)
+                if size > room:
+                    rows.append([])
+                    room = length
+                rows[-1].append(pick)
+                room -= size
+            self._packings[path, length, seed] = rows
+        return self._packings[path, length, seed]
+
+    def _measured(self, path: str) -> list[tuple[int, int]]:
+        """Tokens of every conversation, and how many stand before the first that is learned.
+
+        Raises TrainingError for one that cannot be written.
+        """
+        if path not in self._sizes:
+            sizes = []
+            for line, talk in _conversations(path):
+                try:
+                    ids, learn = self.spoken(talk)
+                except TrainingError as error:
+                    raise TrainingError(f"{path} line {line}: {error.message}") from None
+                sizes.append((len(ids), learn.index(True) + 1))
+            self._sizes[path] = sizes
+        return self._sizes[path]
 
     def spoken(self, talk: dict[str, Any]) -> tuple[list[int], list[bool]]:
         """A finished conversation as ids, and where the next token is the assistant's.
@@ -288,7 +329,8 @@ def _order(seed: str, count: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
 
 
 @lru_cache(maxsize=4)
-def _conversations(path: str) -> list[dict[str, Any]]:
+def _conversations(path: str) -> list[tuple[int, dict[str, Any]]]:
+    """Conversations and the lines that they stand in."""
     talks = []
     try:
         lines = Path(path).read_text("utf-8").split("\n")
@@ -304,7 +346,7 @@ def _conversations(path: str) -> list[dict[str, Any]]:
         messages = talk.get("messages") if isinstance(talk, dict) else None
         if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
             raise TrainingError(f"{path} line {number} has no list `messages` of objects")
-        talks.append(talk)
+        talks.append((number, talk))
     if not talks:
         raise TrainingError(f"{path} holds no conversation")
     return talks

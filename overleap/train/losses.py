@@ -153,13 +153,18 @@ def guided_index_loss(
 
 
 def distillation_loss(
-    seen: tuple[Tensor, Tensor, Tensor, Tensor], index: Index, rows_N: Tensor, tiles: Tiles
+    seen: tuple[Tensor, Tensor, Tensor, Tensor],
+    index: Index,
+    rows_N: Tensor,
+    tiles: Tiles,
+    k: int,
 ) -> Tensor:
     """KL from the layer's attention to the softmax of the index scores, mean over some tokens.
 
-    Target: the joint softmax over window, entries and sink, summed over heads, entries only,
-    normalised to 1. Tokens that see no entry count as zero.
+    Target: the joint softmax over window, all visible entries and sink, summed over heads, entries
+    only, normalised to 1. Tokens that see no entry count as zero.
     rows_N  i64 packed rows, in any order
+    k       entries that a token attended to: the log denominators seen hold no others
     """
     queries, entries, _, lse = (part.detach() for part in seen)
     wide = lse.dtype
@@ -172,8 +177,10 @@ def distillation_loss(
         score = torch.einsum("nhk,ek->nhe", queries[rows].to(wide), entries[here].to(wide))
         visible = (rows - begin + 1) // 4
         mask = torch.arange(end // 4 - begin // 4, device=rows.device) >= visible[:, None]
-        score = score * entries.shape[1] ** -0.5 - lse[rows][..., None]
-        target = score.masked_fill(mask[:, None], -torch.inf).exp().sum(1)
+        score = (score * entries.shape[1] ** -0.5).masked_fill(mask[:, None], -torch.inf)
+        left = score.masked_fill(_chosen(index, rows, here, mask, k)[:, None], -torch.inf)
+        whole = torch.logaddexp(lse[rows], left.logsumexp(-1))
+        target = (score - whole[..., None]).exp().sum(1)
         target = target / target.sum(-1, keepdim=True).clamp(min=1e-20)
         student = index_scores(
             index.queries[rows].to(wide), index.weight[rows], index.keys[here].to(wide)
@@ -186,29 +193,43 @@ def distillation_loss(
     return torch.cat(losses).sum() / len(rows_N)
 
 
-def balance_loss(seen: Seen, tiles: Tiles) -> Tensor:
+@torch.no_grad()
+def _chosen(index: Index, rows_N: Tensor, here: slice, mask: Tensor, k: int) -> Tensor:
+    """Which entries of a document the index chose for these rows: bool [N, S].
+
+    Ranked again by scores in the type that attend.choose ranked them in, so that rounding makes no
+    other choice. Masked entries fill up the k.
+    """
+    score = index_scores(index.queries[rows_N], index.weight[rows_N], index.keys[here])
+    best = score.masked_fill(mask, -torch.inf).topk(min(k, mask.shape[1]), sorted=False).indices
+    return torch.zeros_like(mask).scatter(1, best, True)
+
+
+def balance_loss(seen: Seen, tiles: Tiles, real_T: Tensor) -> Tensor:
     """Sequence-wise balance: sum over experts of load f times mean affinity P (V3's formula).
 
     Mean over documents, each a sequence, weighted by length, and over layers; 1 when even.
+    real_T  bool [T], False where a row is padded: nothing is read from those
     """
     total = torch.zeros(())
+    rows = [begin + real_T[begin:end].nonzero()[:, 0] for begin, end in tiles.documents]
     for affinity, ids, _ in seen.routing:
-        tokens, experts = affinity.shape
+        experts = affinity.shape[1]
         share = affinity / affinity.sum(-1, keepdim=True)
         chosen = F.one_hot(ids, experts).sum(1).to(share.dtype) * (experts / ids.shape[1])
-        parts = [
-            (chosen[begin:end].mean(0) * share[begin:end].mean(0)).sum() * (end - begin)
-            for begin, end in tiles.documents
-        ]
-        total = total.to(share) + torch.stack(parts).sum() / tokens
+        parts = [(chosen[n].mean(0) * share[n].mean(0)).sum() * len(n) for n in rows if len(n)]
+        total = total.to(share) + torch.stack(parts).sum() / sum(map(len, rows))
     return total / max(len(seen.routing), 1)
 
 
 @torch.no_grad()
-def load_of(seen: Seen) -> list[tuple[Tensor, Tensor]]:
-    """Selection bias and tokens per expert f32 [E] of every layer that has a bias."""
+def load_of(seen: Seen, real_T: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Selection bias and tokens per expert f32 [E] of every layer that has a bias.
+
+    real_T  bool [T], False where a row is padded: padding is no load
+    """
     return [
-        (bias, torch.bincount(ids.flatten(), minlength=len(bias)).float())
+        (bias, torch.bincount(ids[real_T].flatten(), minlength=len(bias)).float())
         for _, ids, bias in seen.routing
         if bias is not None
     ]

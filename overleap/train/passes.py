@@ -79,6 +79,7 @@ class Packed:
     """Rows of one pass, flat.
 
     ids_T, next_T  i64 [T]  tokens and the tokens after them (padding where there is none)
+    real_T         bool [T] where a token is no padding
     learn_T        bool [T] where the next token is learned
     counts         documents' lengths
     asked          answers, all of them; `seen` those of which it is known where they stand
@@ -86,6 +87,7 @@ class Packed:
 
     ids_T: Tensor
     next_T: Tensor
+    real_T: Tensor
     learn_T: Tensor
     counts: tuple[int, ...]
     at_N: Tensor
@@ -112,7 +114,7 @@ def packed(rows: list[Row], device: torch.device | None = None) -> Packed:
     where = (at_N[known], gold_N[known], begins[document], ends[document])
     seen = Asked(*(t.to(device) for t in where))
     ids, following, learn = ids.to(device), following.to(device), learn.to(device)
-    return Packed(ids, following, learn, counts, at_N.to(device), seen)
+    return Packed(ids, following, ids != PAD_ID, learn, counts, at_N.to(device), seen)
 
 
 class Pass:
@@ -162,7 +164,7 @@ class Pass:
         ops.rounding = stage.rounding
         for module in model.modules():
             if isinstance(module, Indexer):
-                module.topk = recipe.config.index_topk if stage.sparse else 1 << 30
+                module.topk = self._topk(stage)
         step = packed(rows, self.device)
         cache, spans = self._room(step.counts)
         streams, taps, seen = self._trunk(step.ids_T, cache, spans)
@@ -179,15 +181,20 @@ class Pass:
             total = total + record["answer"]
         attention, parts = self._attention_losses(stage, step, taps, seen, spans, draw)
         total, record = total + attention, record | parts
-        total = total + recipe.balance * losses.balance_loss(seen, ops.tiles(spans))
-        loads = losses.load_of(seen)
+        total = total + recipe.balance * losses.balance_loss(seen, ops.tiles(spans), step.real_T)
+        loads = losses.load_of(seen, step.real_T)
         if stage.mtp and model.mtp:
             draft, seen = self._draft(step, streams, picked, cache, spans)
             total = total + stage.mtp * draft
-            total = total + recipe.balance * losses.balance_loss(seen, ops.tiles(spans))
-            loads += losses.load_of(seen)
+            uneven = losses.balance_loss(seen, ops.tiles(spans), step.real_T)
+            total = total + recipe.balance * uneven
+            loads += losses.load_of(seen, step.real_T)
             record["mtp"] = draft
         return total, {n: float(value.detach()) for n, value in record.items()}, loads
+
+    def _topk(self, stage: Stage) -> int:
+        """Entries that a token attends to at most."""
+        return self.recipe.config.index_topk if stage.sparse else 1 << 30
 
     def _trunk(
         self, ids_T: Tensor, cache: Cache, spans: Spans
@@ -220,14 +227,16 @@ class Pass:
         csa = [number for number, kind in enumerate(kinds) if kind is LayerKind.CSA]
         known = len(step.seen.at_N)
         far = _distances(known, draw).to(self.device)
-        some = torch.randint(len(step.ids_T), (recipe.distilled,), generator=draw).to(self.device)
-        rows = torch.cat((step.at_N, some))
+        real = step.real_T.nonzero()[:, 0]
+        some = torch.randint(len(real), (recipe.distilled,), generator=draw).to(self.device)
+        rows = torch.cat((step.at_N, real[some]))
+        tiles, k = self.ops.tiles(spans), self._topk(stage)
         for layer, tap, keys, sight in zip(csa, taps, self._keys, seen.attention, strict=True):
             block = self.model.layers[layer]
             assert isinstance(block, Block)
             frequency = block.frequency.to(self.device)
             index = losses.Index(tap.index_q, tap.index_weight, keys)
-            distilled = losses.distillation_loss(sight, index, rows, self.ops.tiles(spans))
+            distilled = losses.distillation_loss(sight, index, rows, tiles, k)
             total = total + recipe.distillation * distilled / len(csa)
             record[f"kl{layer}"] = distilled
             if known:
@@ -241,8 +250,13 @@ class Pass:
     def _draft(
         self, step: Packed, streams: Tensor, rows: Tensor, cache: Cache, spans: Spans
     ) -> tuple[Tensor, Seen]:
-        """Cross-entropy of the token after next (section 3.8), at the rows of the main loss."""
-        after = F.pad(step.next_T[1:], (0, 1), value=PAD_ID)
+        """Cross-entropy of the token after next (section 3.8), at the rows of the main loss.
+
+        Of what the main loss learns only, answers included: not of what a user says.
+        """
+        learned = step.learn_T.clone()
+        learned[step.at_N] = True
+        after = F.pad(step.next_T.masked_fill(~learned, PAD_ID)[1:], (0, 1), value=PAD_ID)
         ends = torch.tensor(spans.offset[1:], device=self.device) - 1
         after[ends] = PAD_ID
         block, layer = self.model.mtp[0], cache.layers[self.recipe.config.num_hidden_layers]

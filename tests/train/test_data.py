@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from overleap.chat.profiles import profile_named
 from overleap.chat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from overleap.errors import TrainingError
 from overleap.eval.needle import stdlib_sources
-from overleap.train.data import Chat, Rows, Source, Tasks, Text, fact_words
+from overleap.train.data import Chat, Row, Rows, Source, Tasks, Text, fact_words
 from overleap.train.kept import sample
 from overleap.train.shards import EOS_ID, PAD_ID, Shard, build, train_tokenizer
 from overleap.train.text import documents, text_of_html
@@ -190,6 +191,61 @@ def test_conversations_teach_what_the_assistant_says(
     other.write_text('{"text": "no"}')
     with pytest.raises(TrainingError, match="has no list `messages`"):
         rows_of(tokenizer, None, seed).row((Chat(str(other)),), 0, 0, 1024)
+
+
+def talk_of(name: str, asked: int, said: int) -> str:
+    """A line of JSONL: a question and an answer of about so many tokens."""
+    messages = [
+        {"role": "user", "content": f"{name}: " + "word " * asked},
+        {"role": "assistant", "content": "word " * said},
+    ]
+    return json.dumps({"messages": messages})
+
+
+def test_an_epoch_of_conversations_has_each_once(
+    tokenizer: Tokenizer, seed: int, tmp_path: Path
+) -> None:
+    """Short ones, such as fill a row, and longer ones; by the number of the row alone."""
+    draw, path = random.Random(seed), tmp_path / "chat.jsonl"
+    names = [f"talk-{number}" for number in range(60)]
+    lines = [talk_of(name, draw.choice((5, 100)), draw.choice((5, 60, 400))) for name in names]
+    path.write_text("\n".join(lines))
+
+    def names_in(row: Row) -> list[str]:
+        assert len(row.ids) == len(row.learn) == sum(row.counts) == 512
+        return re.findall(r"(talk-\d+):", tokenizer.decode(row.ids))
+
+    mixture, rows = (Chat(str(path)),), rows_of(tokenizer, None, seed)
+    found: list[list[str]] = []
+    while len({name for row in found for name in row}) < 60:
+        found.append(names_in(rows.row(mixture, 0, len(found), 512)))
+    epoch, fresh = len(found), rows_of(tokenizer, None, seed)
+    again = [names_in(fresh.row(mixture, 0, n, 512)) for n in range(2 * epoch)]
+    assert again[:epoch] == found != again[epoch:]
+    for one in (found, again[epoch:]):
+        assert sorted(name for row in one for name in row) == sorted(names)
+    assert max(map(len, found)) > 1, "a row takes as many as fit"
+
+
+def test_a_conversation_of_which_nothing_is_learned_is_refused(
+    tokenizer: Tokenizer, seed: int, tmp_path: Path
+) -> None:
+    path, rows = tmp_path / "chat.jsonl", rows_of(tokenizer, None, seed)
+    lines = [talk_of("a", 5, 5), "", talk_of("b", 5, 900), talk_of("c", 300, 5)]
+    path.write_text("\n".join(lines))
+    ids, learn = rows.spoken(json.loads(lines[3]))
+    before = learn.index(True) + 1
+    assert 512 < before < len(ids)
+    sentence = f"line 4 has {before} tokens before the assistant speaks, a row takes 512"
+    with pytest.raises(TrainingError, match=sentence) as caught:
+        rows.row((Chat(str(path)),), 0, 0, 512)
+    assert caught.value.hint == "longer rows; 2 of 3 conversations are cut"
+    row = rows.row((Chat(str(path)),), 0, 0, 1024)
+    assert len(row.ids) == 1024
+    silent = tmp_path / "silent.jsonl"
+    silent.write_text(json.dumps({"messages": [{"role": "user", "content": "Hello?"}]}))
+    with pytest.raises(TrainingError, match="line 1: a conversation cannot be written"):
+        rows.row((Chat(str(silent)),), 0, 0, 512)
 
 
 def test_rows_that_cannot_be_made_are_refused(

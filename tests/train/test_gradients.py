@@ -11,10 +11,11 @@ from torch import Tensor
 
 from overleap.config import ModelConfig
 from overleap.kernels.conformance.compare import FLOAT32
-from overleap.model.indexer import Indexer
 from overleap.train import losses
+from overleap.train.data import Row
 from overleap.train.passes import Pass, packed
 from overleap.train.recipe import Stage
+from overleap.train.shards import PAD_ID
 from tests.oracles.dense import Dense
 from tests.train.small import lively_weights, pass_of, random_row, small_config
 
@@ -80,6 +81,23 @@ def test_gradients_equal_an_independent_formulation(seed: int, topk: int, kept: 
     assert compared > 100
 
 
+def test_the_draft_block_learns_what_the_main_loss_learns(seed: int) -> None:
+    """Of a conversation what the assistant says; answers as well; nothing of what is padded."""
+    config = small_config()
+    weights, row = lively_weights(config, seed), random_row([128], seed)
+    learn = [20 <= at < 50 or 60 <= at < 99 for at in range(128)]
+    learn[70] = False
+    row = Row([*row.ids[:110], *[PAD_ID] * 18], [128], learn, [70], [-1])
+    work = pass_of(config, weights, torch.float32, language_rows=1.0)
+    _, record, _ = work.losses(Stage(1, 128, 1, (), mtp=0.3), [row], "seed")
+    dense = Dense(config, weights)
+    _, streams = dense.forward(row.ids)
+    draft, _ = dense.draft(streams, [*row.ids[1:], PAD_ID])
+    at = [n for n in range(126) if learn[n] and (learn[n + 1] or n + 1 == 70)]
+    nll = F.cross_entropy(draft[at], torch.tensor(row.ids)[torch.tensor(at) + 2])
+    assert record["mtp"] == pytest.approx(float(nll), rel=1e-4)
+
+
 class Watched(Dense):
     """Collects, for every CSA layer, the mean KL from joint attention to the indexer's scores."""
 
@@ -119,8 +137,12 @@ class Watched(Dense):
         return total / len(x_TD)
 
 
-def test_indexers_learn_from_joint_attention_as_an_independent_formulation(seed: int) -> None:
-    config = small_config()
+@pytest.mark.parametrize("topk", [1024, 8], ids=["dense", "sparse"])
+def test_indexers_learn_from_joint_attention_as_an_independent_formulation(
+    seed: int, topk: int
+) -> None:
+    """From attention over all that is visible, also where the layer attends to a few of them."""
+    config = small_config(index_topk=topk, index_n_heads=16)
     weights, row = lively_weights(config, seed), random_row([256], seed)
     dense = Watched(config, weights)
     for tensor in dense.w.values():
@@ -130,9 +152,6 @@ def test_indexers_learn_from_joint_attention_as_an_independent_formulation(seed:
     want.backward()
 
     work = pass_of(config, weights, torch.float32)
-    for module in work.model.modules():
-        if isinstance(module, Indexer):
-            module.topk = 1 << 30
     step = packed([row])
     room, spans = work._room(step.counts)
     _, taps, seen = work._trunk(step.ids_T, room, spans)
@@ -140,7 +159,7 @@ def test_indexers_learn_from_joint_attention_as_an_independent_formulation(seed:
     for tap, keys, sight in zip(taps, work._keys, seen.attention, strict=True):
         index = losses.Index(tap.index_q, tap.index_weight, keys)
         tiles = work.ops.tiles(spans)
-        total = total + losses.distillation_loss(sight, index, torch.arange(256), tiles)
+        total = total + losses.distillation_loss(sight, index, torch.arange(256), tiles, topk)
     total.backward()
     assert float(total.detach()) == pytest.approx(float(want.detach()), rel=1e-4)
     compared = 0
