@@ -46,7 +46,7 @@ def tasks(
     plot: Annotated[Path | None, typer.Option(help="Draw a heat map into this PNG.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Plant tasks at random depths of real text and ask about each of them.
+    """Plant tasks at all depths of real text and ask about each of them.
 
     Example: `overleap eval tasks mini --tokens 16384 --tokens 65536 --seeds 3 --plot map.png`
     """
@@ -105,7 +105,7 @@ def bits(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Bits per byte of a text by depth, beside gzip -9 and xz -9.
+    """Bits per byte of a text by depth, beside gzip -9 and xz -9; and perplexity.
 
     Example: `overleap eval bits mini --text manual.txt --tokens 65536`
     """
@@ -123,7 +123,9 @@ def bits(
     for number, value in enumerate(found.by_depth):
         rows.append((f"quarter {number + 1} of the text", f"{value:.3f}"))
     rows += [("gzip -9", f"{found.gzip:.3f}"), ("xz -9", f"{found.xz:.3f}")]
-    title = f"{found.tokens:,} tokens, {found.bytes:,} bytes"
+    title = (
+        f"{found.tokens:,} tokens, {found.bytes:,} bytes, perplexity a token {found.perplexity:.2f}"
+    )
     screen.put_table(title, ("", "bits per byte"), rows)
 
 
@@ -136,6 +138,7 @@ def forms(
     first_dense: Annotated[bool, typer.Option("--first-dense", help="Attend all entries.")] = False,
     text: Text = None,
     tokens: Annotated[int, typer.Option(help="Tokens to read.", min=16)] = 4096,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """How far two storage forms of one model are apart on a text.
@@ -146,8 +149,8 @@ def forms(
     from overleap.eval.language import apart
     from overleap.eval.reader import Reader
 
-    a = Reader.open(first, format=cache_format_of(first_cache), dense=first_dense)
-    b = Reader.open(second, format=cache_format_of(second_cache))
+    a = Reader.open(first, format=cache_format_of(first_cache), dense=first_dense, device=device)
+    b = Reader.open(second, format=cache_format_of(second_cache), device=device)
     ids = [a.tokenizer.bos_id, *a.tokenizer.encode_start(_text(text), tokens)]
     with screen.bar("reading", "tokens") as bar:
         found = apart(a, b, ids, bar)

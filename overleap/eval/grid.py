@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ def document(
 ) -> tuple[list[int], dict[int, float]]:
     """Ids of about `tokens` tokens of text with the tasks in it; depth of every task by its id().
 
+    The text is cut into as many bands as there are tasks. One task ends in each, in shuffled order,
+    so that no depth goes unasked; its earlier sentences stand anywhere before.
+
     text  else the standard library's sources, shuffled by the seed
     Raises RequestError when the text is too short.
     """
@@ -54,19 +58,21 @@ def document(
     if room < 1 or len(ids) < room:
         raise RequestError(f"a text of {len(ids)} tokens was found, {max(room, 1)} are needed")
     lines = reader.tokenizer.decode(ids).splitlines(keepends=True)
-    sentences = [(task, i) for task in tasks for i in range(len(task.sentences))]
-    places = sorted(rng.randrange(len(lines) + 1) for _ in sentences)
-    rng.shuffle(sentences)
-    waiting = {id(task): iter(task.sentences) for task in tasks}
-    out: list[str] = []
+    placed: list[tuple[int, str]] = []
     depth: dict[int, float] = {}
+    for band, task in enumerate(rng.sample(tasks, len(tasks))):
+        first, end = (-(-edge * len(lines) // len(tasks)) for edge in (band, band + 1))
+        last = rng.randrange(first, max(end, first + 1))
+        depth[id(task)] = round(last / max(len(lines), 1), 4)
+        earlier = sorted(rng.randrange(last + 1) for _ in task.sentences[1:])
+        placed += zip((*earlier, last), task.sentences, strict=True)
+    out: list[str] = []
     start = 0
-    for place, (task, _) in zip(places, sentences, strict=True):
+    for place, sentence in sorted(placed, key=itemgetter(0)):  # equal places keep a task's order
         out += lines[start:place]
         if out and not out[-1].endswith("\n"):
             out.append("\n")
-        out.append(f"{next(waiting[id(task)])}\n")
-        depth[id(task)] = round(place / max(len(lines), 1), 4)
+        out.append(f"{sentence}\n")
         start = place
     whole = "".join([*out, *lines[start:]]).rstrip() + "\n\n"
     tokenizer = reader.tokenizer

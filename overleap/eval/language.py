@@ -18,11 +18,16 @@ from overleap.eval.reader import CHUNK, Progress, Reader
 
 @dataclass(frozen=True)
 class Bits:
-    """Bits per byte of a text, in all and by depth (in parts that differ by a token at most)."""
+    """Bits per byte of a text, in all and by depth (in parts that differ by a token at most).
+
+    perplexity  a token: 2 to the bits that one takes in the mean. Of one tokenizer only: longer
+                tokens take more bits each
+    """
 
     tokens: int
     bytes: int
     bits_per_byte: float
+    perplexity: float
     by_depth: tuple[float, ...]
     gzip: float
     xz: float
@@ -53,6 +58,7 @@ def bits_per_byte(
         len(ids),
         len(raw),
         float(bits.sum() / sizes.sum()),
+        float(bits.mean().exp2()),
         tuple(float(b.sum() / s.sum()) for b, s in pieces),
         8 * len(gzip.compress(raw, 9)) / len(raw),
         8 * len(lzma.compress(raw, preset=9)) / len(raw),

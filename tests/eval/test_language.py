@@ -1,13 +1,16 @@
 """Bits per byte against a plain sum, and two forms of a model against each other."""
 
 import gzip
+import json
 import math
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from overleap.cache.layout import CacheFormat
-from overleap.errors import RequestError
+from overleap.cli import app
+from overleap.errors import OverleapError, RequestError
 from overleap.eval.language import apart, bits_per_byte
 from overleap.eval.needle import stdlib_text
 from overleap.eval.reader import Reader
@@ -27,6 +30,7 @@ def test_bits_are_those_of_the_text(reader: Reader, seed: int) -> None:
     logits = torch.cat(list(reader.logits([0, *ids[:-1]])))
     nll = -logits.log_softmax(-1)[torch.arange(2500), torch.tensor(ids)].double()
     assert found.bits_per_byte == pytest.approx(float(nll.sum()) / math.log(2) / found.bytes)
+    assert found.perplexity == pytest.approx(math.exp(nll.mean()))
     assert found.gzip == pytest.approx(8 * len(gzip.compress(raw, 9)) / len(raw), rel=1e-2)
     assert min(found.by_depth) <= found.bits_per_byte <= max(found.by_depth)
     with pytest.raises(RequestError, match="bands need more"):
@@ -56,3 +60,22 @@ def test_dense_reading_is_sparse_reading_where_all_entries_are_chosen(seed: int)
     a, b = (torch.cat(list(r.logits(ids))) for r in (sparse, dense))
     assert torch.equal(a[:256], b[:256])  # 64 entries of four tokens: all of them
     assert not torch.equal(a[300:], b[300:])
+
+
+def said(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["eval", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return " ".join(result.stdout.split())
+
+
+def test_perplexity_is_printed() -> None:
+    arguments = "bits", "mini", "--tokens", "64"
+    found = json.loads(said(*arguments, "--json"))["perplexity"]
+    assert f"perplexity a token {found:.2f}" in said(*arguments)
+
+
+def test_both_forms_are_read_on_the_device_asked_for() -> None:
+    arguments = "forms", "mini", "mini", "--tokens", "16", "--device"
+    assert json.loads(said(*arguments, "cpu", "--json"))["tokens"] == 16
+    with pytest.raises(OverleapError, match="nosuch"):
+        said(*arguments, "nosuch")
