@@ -55,11 +55,14 @@ class Grammars:
     """Compiles for one tokenizer, and keeps what it compiled. Threads may share it.
 
     vocab_size  ids of the model, where it has more than the tokenizer knows
+
+    Making it takes 1.6 s for 129,280 tokens, and no other thread runs meanwhile: done when a server
+    is put together, so that no request has to wait for it.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int | None = None) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size or tokenizer.vocab_size
-        self._table: LLTokenizer | None = None
+        self._table = _table(tokenizer)
         self._kept: OrderedDict[Wanted, Grammar] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -72,11 +75,10 @@ class Grammars:
             if wanted in self._kept:
                 self._kept.move_to_end(wanted)
                 return self._kept[wanted]
-            self._table = table = self._table or _table(self._tokenizer)
         limits = LLParserLimits(
             max_items_in_row=_ITEMS, step_lexer_fuel=_FUEL, max_lexer_states=_STATES
         )
-        matcher = LLMatcher(table, self._lark(wanted), log_level=0, limits=limits)
+        matcher = LLMatcher(self._table, self._lark(wanted), log_level=0, limits=limits)
         if matcher.is_error():
             raise DialectError(f"the format cannot be held: {_first_line(matcher.get_error())}")
         grammar = Grammar(matcher, self._tokenizer.eos_id, self._vocab_size)

@@ -125,8 +125,9 @@ class Scheduler:
     """Which tokens of which jobs go into the next step.
 
     pages         pages of the cache: a job that needs more is refused at submission
-    slots         jobs that run at once; the last free one is kept for a flow that has none (jobs
-                  of the flow "" take it all the same)
+    slots         jobs that run at once; the last free one is kept for a flow that has none. Jobs
+                  of the flow "" take it all the same: they come from a caller that knows of one
+                  flow only, as a server does where requests need no key
     chunk_tokens  tokens of a step at most
 
     Raises ConfigError for a budget in which not every running job gets a token each step.

@@ -28,12 +28,14 @@ from overleap.server import admin, completions, openai, schema, texts
 from overleap.server.auth import Access, Customer
 from overleap.server.bodies import Bodies
 from overleap.server.front import Front
+from overleap.server.ledger import patience
 from overleap.server.refusals import Refusal, refusal_of
 from overleap.server.service import Service
 
 log = logging.getLogger("overleap.server")
 
 Answer = Awaitable[Response]
+END_S = 5.0  # that a server at its end waits for requests to leave
 _ANTHROPIC = ("/v1/messages", "/anthropic/")
 _CSP = (
     "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
@@ -97,10 +99,19 @@ async def _lifespan(service: Service, app: FastAPI) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        service.bridge.cancel_all()
-        await asyncio.wait_for(service.everyone.wait(), 10)
-        await service.bridge.stop()
-        await asyncio.to_thread(service.ledger.close)
+        close = partial(asyncio.to_thread, service.ledger.close)
+        for step in (partial(_send_away, service), service.bridge.stop, close):
+            try:  # each of them, whatever became of the one before: a process that is to end ends
+                await step()
+            except Exception as error:
+                log.error("a step of the server's end failed", exc_info=error)
+
+
+async def _send_away(service: Service) -> None:
+    """End what runs, and wait a little for its books."""
+    service.everyone.cut()
+    service.bridge.cancel_all()
+    await asyncio.wait_for(service.everyone.wait(), END_S)
 
 
 def _routes(service: Service, app: FastAPI) -> list[Route]:
@@ -183,7 +194,9 @@ def _endpoint(route: Route, service: Service, bodies: Bodies) -> Callable[[HttpR
         authorization = http.headers.get("authorization") or http.headers.get("x-api-key")
         customer = None
         if route.access is not Access.PUBLIC:
-            customer = await asyncio.to_thread(service.auth.authorize, authorization, route.access)
+            work = partial(service.auth.authorize, authorization, route.access)
+            async with patience():
+                customer = await asyncio.to_thread(work)
         if route.takes is None:
             return await route.handle(http, b"", customer)
         async with bodies.read(http, customer.key_id if customer else "") as raw:

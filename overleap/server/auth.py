@@ -42,6 +42,14 @@ class Customer:
     user: str
     tier: Tier
 
+    @property
+    def flow(self) -> str:
+        """Whom its requests share the machine as: its user, with all keys that user has.
+
+        "" without a key: on such a server there is nobody else to keep a place or a share for.
+        """
+        return "" if self.key_id == LOCAL_ID else self.user
+
 
 @dataclass(frozen=True)
 class KeyInfo:

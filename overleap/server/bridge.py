@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
@@ -30,6 +31,7 @@ from overleap.engine.request import (
     Usage,
 )
 from overleap.errors import BackendError, RequestError
+from overleap.server.limits import ahead, check_share
 from overleap.server.refusals import Refusal, overloaded
 
 log = logging.getLogger("overleap.server")
@@ -178,44 +180,71 @@ class Bridge:
         waiting = sum(one.tokens for one in self._live.values() if one.began is None)
         return waiting + self._promised_tokens
 
-    def expected_wait_s(self, prompt_tokens: int) -> float:
+    def expected_wait_s(self, prompt_tokens: int, flow: str = "", weight: float = inf) -> float:
         """Seconds until the first token of a prompt that came now, as far as one can tell.
 
-        It has its turn when one of the places is free, and all that is waiting has been read.
+        It has its turn when one of the places is free, and what goes before it has been read.
+        flow, weight  as the engine is told; not given, it has nothing here and goes first
         """
-        unread = sum(one.unread for one in self._live.values()) + self._promised_tokens
-        reading = (unread + prompt_tokens) / self._rate if self._rate else 0.0
-        ahead = len(self._live) + self._promised + 1 - self._slots
-        turns = max(0, ahead) * self._each_s / self._slots if self._each_s else 0.0
-        return reading + turns
+        tokens, requests = prompt_tokens + self._promised_tokens, self._promised + 1
+        unread, waiting = ahead(self._live.values(), flow, weight, tokens, requests)
+        reading = unread / self._rate if self._rate else 0.0
+        turns = max(0.0, waiting + self.running - self._slots)
+        return reading + (turns * self._each_s / self._slots if self._each_s else 0.0)
 
-    def admit(self, prompt_tokens: int, requests: int, wait_s: float) -> None:
-        """Raise Refusal (503) where the queue is full or the wait too long.
+    def admit(
+        self, prompt_tokens: int, requests: int, wait_s: float, flow: str = "", weight: float = inf
+    ) -> None:
+        """Raise Refusal (503) where the queue or the flow's share is full, or the wait too long.
 
-        Raises RequestError for more at once than places and queue hold together.
+        flow, weight  as the engine is told; not given, only what holds for any flow is checked
+        Raises RequestError for more at once than there will ever be room for.
         """
         if self.ended:
             raise _engine_ended()
         if self.stopping:
             raise overloaded("the server is about to stop", 5)
-        if requests > self._slots + self._queue:
+        places = self._slots + self._queue
+        most = max(self._slots, places // 2) if flow else places
+        if requests > most:
             raise RequestError(
-                f"the request asks for {requests} answers, {self._slots + self._queue} at once "
-                "are the most",
+                f"the request asks for {requests} answers, {most} at once are the most",
                 "fewer prompts, or a smaller n",
             )
-        expected = self.expected_wait_s(prompt_tokens) + self._late_s
+        if flow and requests > self._slots and 2 * prompt_tokens > self._queue_tokens:
+            raise RequestError(
+                f"the prompts have {prompt_tokens} tokens, {self._queue_tokens // 2} may wait",
+                "fewer prompts at once",
+            )
+        expected = self.expected_wait_s(prompt_tokens, flow, weight) + self._late_s
         there = len(self._live) + self._promised
         busy = there >= self._slots
-        if there + requests > self._slots + self._queue:
+        if there + requests > places:
             raise overloaded(f"{self.waiting} requests are waiting already", expected)
         if busy and self.waiting_tokens + prompt_tokens > self._queue_tokens:
             raise overloaded(f"{self.waiting_tokens} prompt tokens are waiting already", expected)
+        self._check_share(flow, requests, prompt_tokens, expected)
         if self._live and expected > wait_s:
             raise overloaded(
                 f"the first token would come after {expected:.1f} s, {wait_s:.1f} s are the most",
                 expected - wait_s,
             )
+
+    def _check_share(self, flow: str, requests: int, prompt_tokens: int, retry_s: float) -> None:
+        """Raise Refusal (503) for a flow that would leave too little of the queue to others.
+
+        What fits into the engine's places is let in, so is the one request of who has nothing here
+        yet, and all of the flow "": it has nobody to share with.
+        """
+        own = [one for one in self._live.values() if one.request.flow == flow]
+        there = len(self._live) + self._promised + requests
+        if not flow or there <= self._slots or len(own) + requests == 1:
+            return
+        free = self._slots + self._queue - there
+        check_share(len(own) + requests, free, "requests", retry_s)
+        waiting = sum(one.tokens for one in own if one.began is None) + prompt_tokens
+        free = self._queue_tokens - self.waiting_tokens - prompt_tokens
+        check_share(waiting, free, "prompt tokens waiting", retry_s)
 
     @contextmanager
     def promise(self, prompt_tokens: int, requests: int, wait_s: float) -> Iterator[None]:
@@ -232,19 +261,20 @@ class Bridge:
     # -- requests
 
     async def submit(self, requests: Sequence[Request]) -> list[Generation]:
-        """Hand requests to the engine between two steps, all of them or none.
+        """Hand requests of one flow to the engine between two steps, all of them or none.
 
-        Raises what `Engine.submit` raises, Refusal (503) where the engine has ended.
+        Raises what `Engine.submit` raises, Refusal (503) where the engine has ended, or where
+        others of the flow took its share while these were booked.
         """
         assert self._loop is not None
         loop, generations = self._loop, list[Generation]()
+        prompts = {id(request.prompt): len(request.prompt) for request in requests}
+        self._check_share(requests[0].flow, len(requests), sum(prompts.values()), 1)
         answer: asyncio.Future[list[Handle]] = self._owed()
-        prompts = set[int]()
         for request in requests:
             # Answers to one prompt share the tuple, and the engine reads it once.
-            tokens = 0 if id(request.prompt) in prompts else len(request.prompt)
-            prompts.add(id(request.prompt))
-            expected_s = self.expected_wait_s(tokens)
+            tokens = prompts.pop(id(request.prompt), 0)
+            expected_s = self.expected_wait_s(tokens, request.flow, request.weight)
             generation = Generation(request, self, tokens, expected_s=expected_s)
             generations.append(generation)
             self._live[request.id] = generation

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -21,6 +22,7 @@ from overleap.engine.request import Finish, FinishReason, Progress, Request, Sco
 from overleap.errors import DialectError
 from overleap.server import sse
 from overleap.server.auth import Customer
+from overleap.server.openai import running_of
 from overleap.server.refusals import Refusal, overloaded, refusal_of
 from overleap.server.running import Admission, Running, refused
 from overleap.server.schema import CompletionBody
@@ -56,17 +58,27 @@ async def complete(http: HttpRequest, raw: bytes, customer: Customer, service: S
     """Answer a request. Raises Refusal and what refusals.py makes one of."""
     arrived = time.monotonic()
     # Once without its tokens: what will be refused in any case is not tokenised first.
-    service.bridge.admit(0, 1, service.settings.wait_s)
-    asked = await service.turns.aside(_asked, service.turns, raw, customer)
+    admit = partial(
+        service.bridge.admit,
+        wait_s=service.settings.wait_s,
+        flow=customer.flow,
+        weight=float(customer.tier.priority),
+    )
+    admit(0, 1)
+    asked = await service.turns.read(
+        customer, running_of(customer, service), _asked, service.turns, raw, customer
+    )
     requests = asked.requests
     if asked.wanted is not None:
         grammar = await service.turns.compile(asked.wanted)
         requests = tuple(replace(request, constraint=grammar) for request in requests)
+    admit(sum(map(len, asked.prompts)), len(requests))
     admission = Admission(
         id=asked.id,
         customer=customer,
         dialect="completions",
         prompts=len(asked.prompts),
+        streamed=asked.stream,
         arrived=arrived,
     )
     running = await service.begin(requests, admission)
@@ -92,6 +104,9 @@ def _asked(turns: Turns, raw: bytes, customer: Customer) -> Asked:
     body, value = parsed(CompletionBody, raw)
     turns.check_model(body.model)
     tokenizer, user_id = turns.model.tokenizer, user_id_of(value)
+    for prompt in _prompts(body.prompt):
+        if isinstance(prompt, str):
+            turns.check_size(prompt + (body.suffix or ""), customer, "prompt")
     prompts = [_ids(prompt, body.suffix, tokenizer) for prompt in _prompts(body.prompt)]
     longest = max(map(len, prompts))
     wanted_tokens = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
@@ -122,7 +137,7 @@ def _asked(turns: Turns, raw: bytes, customer: Customer) -> Asked:
             id=f"{id}-{place}-{number}",
             salt=realms[place].salt,
             public_tokens=realms[place].public_tokens,
-            flow=customer.user,
+            flow=customer.flow,
             weight=float(customer.tier.priority),
         )
         for place, ids in enumerate(prompts)

@@ -21,12 +21,26 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 
 from overleap.errors import LedgerError
 
-BUSY_MS = 30_000  # how long SQLite waits for another writer
+BUSY_MS = 15_000  # how long a transaction waits for other writers
+OPENING_MS = 30_000  # and while the tables are made, for who may be making them
+STATEMENT_MS = 30_000  # that a statement on PostgreSQL may take
 _MIGRATING = 0x4F564C31  # advisory lock of PostgreSQL while tables are made
 _ALIVE = 0x4F56  # class of the advisory locks that living owners hold
-_KEEPALIVE = (  # PostgreSQL notices within 25 s that an owner's machine is gone
-    "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3"
-)
+# PostgreSQL notices within 25 s that an owner's machine is gone, and we that PostgreSQL's is.
+_KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+_POSTGRES: dict[str, Any] = {
+    "connect_timeout": 5,  # seconds
+    **_KEEPALIVE,
+    "tcp_user_timeout": 15_000,  # for what was sent and is not acknowledged
+    "options": " ".join(
+        f"-c {name}={value}"
+        for name, value in {
+            **{f"tcp_{key}": value for key, value in _KEEPALIVE.items()},
+            "statement_timeout": STATEMENT_MS,
+            "lock_timeout": BUSY_MS,
+        }.items()
+    ),
+}
 
 _ONE_STATE: dict[str, Any] = {"isolation_level": "REPEATABLE READ"}
 
@@ -161,8 +175,11 @@ class Database:
         """Bring the tables up to date, one process at a time, in one transaction."""
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-        with self.engine.begin() as connection:
+        patient = self.engine.execution_options(busy_ms=OPENING_MS)
+        with patient.begin() as connection:
             if not self.is_sqlite:
+                connection.exec_driver_sql(f"SET LOCAL lock_timeout = {OPENING_MS}")
+                connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATING)))
             config.attributes["connection"] = connection
             try:
@@ -262,14 +279,16 @@ def _engine(url: URL) -> Engine:
     if url.get_backend_name() == "postgresql":
         try:
             return sa.create_engine(
-                url, pool_pre_ping=True, connect_args={"options": _KEEPALIVE, "connect_timeout": 10}
+                url, pool_pre_ping=True, hide_parameters=True, connect_args=_POSTGRES
             )
         except ImportError:
             raise LedgerError(
                 "PostgreSQL needs the package psycopg, which is not installed",
                 "pip install 'overleap[postgres]'",
             ) from None
-    engine = sa.create_engine(url, connect_args={"timeout": BUSY_MS / 1000})
+    engine = sa.create_engine(
+        url, hide_parameters=True, connect_args={"timeout": OPENING_MS / 1000}
+    )
 
     @sa.event.listens_for(engine, "connect")
     def configure(connection: Any, record: Any) -> None:
@@ -280,7 +299,8 @@ def _engine(url: URL) -> Engine:
     @sa.event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
         # A writer waits for the lock here, not half-way, where waiting could not help it.
-        reads_only = connection.get_execution_options().get("reads_only", False)
-        connection.exec_driver_sql("BEGIN" if reads_only else "BEGIN IMMEDIATE")
+        options = connection.get_execution_options()
+        connection.exec_driver_sql(f"PRAGMA busy_timeout = {options.get('busy_ms', BUSY_MS)}")
+        connection.exec_driver_sql("BEGIN" if options.get("reads_only") else "BEGIN IMMEDIATE")
 
     return engine

@@ -14,8 +14,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
+from overleap.errors import LedgerError
 from overleap.server.auth import Customer
 from overleap.server.books import Books, Terms
 from overleap.server.costs import CostModel
@@ -24,7 +25,18 @@ from overleap.server.usage import Usage
 
 __all__ = ["Ledger", "Reservation", "Usage"]
 
-_Result = TypeVar("_Result")
+PATIENCE_S = 8.0  # that a request waits for the ledger before it is refused
+CLOSE_S = 4.0  # that closing waits for what was begun
+
+
+@asynccontextmanager
+async def patience() -> AsyncIterator[None]:
+    """A block that waits for the database. Raises LedgerError where it takes too long."""
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            yield
+    except TimeoutError:
+        raise LedgerError(f"the ledger did not answer within {PATIENCE_S:.0f} s") from None
 
 
 class Ledger:
@@ -66,12 +78,19 @@ class Ledger:
         self.close()
 
     def close(self) -> None:
-        """Finish what was begun and refund what is still open. Twice is harmless."""
+        """Finish what was begun and refund what is still open. Twice is harmless.
+
+        Where the database keeps it waiting, what is left open is for the next owner to refund.
+        """
         if self._closed:
             return
         self._closed = True
-        self._thread.submit(self._books.close).result()
-        self._thread.shutdown()
+        try:
+            self._thread.submit(self._books.close).result(CLOSE_S)
+        except TimeoutError:
+            raise LedgerError(f"the ledger did not close within {CLOSE_S:.0f} s") from None
+        finally:  # where it was late, nothing that waits in line is begun any more
+            self._thread.shutdown(wait=False, cancel_futures=True)
 
     @asynccontextmanager
     async def reserve(
@@ -92,7 +111,8 @@ class Ledger:
 
         Raises AccessError for a longer text than the tier's context, RateError for too many
         requests a minute or at once, QuotaError where a day's or month's tokens or a prepaid
-        balance do not cover it, AuthError for a key that was revoked meanwhile.
+        balance do not cover it, AuthError for a key that was revoked meanwhile, LedgerError where
+        the database does not let it in within PATIENCE_S.
         """
         terms = Terms(
             request_id or uuid.uuid4().hex,
@@ -101,11 +121,14 @@ class Ledger:
             max_output_tokens,
             longest_tokens or prompt_tokens + max_output_tokens,
         )
+        reserving = self._thread.submit(self._books.reserve, terms)
         try:
-            await self._do(lambda: self._books.reserve(terms))
-        except asyncio.CancelledError:
-            # The transaction goes through regardless; this one runs after it.
-            self._thread.submit(self._books.settle, terms, Usage())
+            async with patience():
+                await asyncio.shield(asyncio.wrap_future(reserving))
+        except BaseException:
+            # A transaction that was begun goes through regardless; this one runs after it.
+            if not reserving.cancel():
+                self._thread.submit(self._undo, reserving, terms)
             raise
         reservation = Reservation(terms, self)
         try:
@@ -113,8 +136,9 @@ class Ledger:
         finally:
             await reservation._leave()
 
-    async def _do(self, work: Callable[[], _Result]) -> _Result:
-        return await asyncio.shield(asyncio.wrap_future(self._thread.submit(work)))
+    def _undo(self, reserving: "Future[None]", terms: Terms) -> None:
+        if reserving.exception() is None:
+            self._books.settle(terms, Usage())
 
 
 @dataclass(eq=False)

@@ -1,7 +1,7 @@
 """Logs as JSON, a line an event, with nothing in them that is somebody's secret.
 
-Prompts and answers are left out unless the operator asks for them; keys are cut wherever they
-stand. Not metrics (metrics.py). Read next: auth.py, how a key is written where others may read it.
+Prompts and answers are left out, keys cut wherever they stand. Not metrics (metrics.py). Read next:
+auth.py, how a key is written where others may read it.
 """
 
 import datetime
@@ -12,12 +12,15 @@ import traceback
 from typing import Any, TextIO
 
 LOGGER = "overleap.server"
+_BENEATH = ("uvicorn.error", "asyncio")  # loggers of what this server stands on
 # A key of ours, a bearer of anybody's, and what other services call a secret key.
 _SECRETS = (
     (re.compile(r"\bol-([a-z0-9]{12})-[A-Za-z0-9_-]+"), r"ol-\1-..."),
     (re.compile(r"(?i)\b(bearer|basic)\s+(?!ol-[a-z0-9]{12}-\.\.\.)[^\s\"',;]+"), r"\1 ..."),
     (re.compile(r"\bsk-[A-Za-z0-9_-]{8,}"), "sk-..."),
     (re.compile(r"(://[^/\s:@]*):[^/\s@]+@"), r"\1:...@"),
+    # The values of a statement that failed, as SQLAlchemy's errors quote them.
+    (re.compile(r"(?s)\[parameters: .*"), "[parameters: ...]"),
 )
 _HEADERS = {"authorization", "x-api-key", "cookie", "set-cookie", "proxy-authorization", "api_key"}
 TEXTS = {"prompt", "messages", "input", "system", "content", "completion", "answer", "body"}
@@ -28,12 +31,8 @@ _LONGEST = 4096  # characters of a field
 class JsonFormatter(logging.Formatter):
     """A record as one line of JSON: time, level, event, and the fields given as `extra`.
 
-    texts  True logs what is in fields that hold prompts and answers; else only how long it is
+    Of fields that hold prompts and answers it says how long they are.
     """
-
-    def __init__(self, *, texts: bool = False) -> None:
-        super().__init__()
-        self._texts = texts
 
     def format(self, record: logging.LogRecord) -> str:
         """The line. Newlines and control characters inside values are escaped by JSON."""
@@ -55,7 +54,7 @@ class JsonFormatter(logging.Formatter):
         lower = name.lower()
         if lower in _HEADERS:
             return "..."
-        if lower in TEXTS and not self._texts:
+        if lower in TEXTS:
             return f"({len(value) if isinstance(value, (str, bytes, list, tuple)) else 1} left out)"
         if value is None or isinstance(value, (bool, int, float)):
             return value
@@ -84,12 +83,17 @@ def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
 
 
-def configure(stream: TextIO, *, level: str = "INFO", texts: bool = False) -> logging.Logger:
-    """The server's logger, writing to `stream` alone; earlier handlers of it are replaced."""
-    logger = logging.getLogger(LOGGER)
+def configure(stream: TextIO, *, level: str = "INFO") -> logging.Logger:
+    """The server's logger, writing to `stream` alone; earlier handlers of it are replaced.
+
+    Warnings and errors of uvicorn and asyncio are written the same way, so that their tracebacks
+    quote no values either.
+    """
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonFormatter(texts=texts))
-    logger.handlers[:] = [handler]
-    logger.setLevel(level)
-    logger.propagate = False
-    return logger
+    handler.setFormatter(JsonFormatter())
+    for name, lowest in [(LOGGER, level), *((beneath, "WARNING") for beneath in _BENEATH)]:
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(lowest)
+        logger.propagate = False
+    return logging.getLogger(LOGGER)

@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -16,6 +17,7 @@ from overleap.chat.dialects import Api
 from overleap.engine.request import Finish, FinishReason, Progress, Request, Sampling, Token
 from overleap.server import sse
 from overleap.server.auth import Customer
+from overleap.server.ledger import patience
 from overleap.server.refusals import Refusal, overloaded, refusal_of
 from overleap.server.running import Admission, Running, refused
 from overleap.server.service import Service
@@ -30,9 +32,20 @@ async def converse(
     """Answer a request of a chat API. Raises Refusal and what refusals.py makes one of."""
     arrived = time.monotonic()
     # Once without its tokens: what will be refused in any case is not tokenised first.
-    service.bridge.admit(0, 1, service.settings.wait_s)
-    turn = await service.turns.prepare(api, raw, customer)
-    admission = Admission(id=turn.id, customer=customer, dialect=api, arrived=arrived)
+    admit = partial(
+        service.bridge.admit,
+        wait_s=service.settings.wait_s,
+        flow=customer.flow,
+        weight=float(customer.tier.priority),
+    )
+    admit(0, 1)
+    turn = await service.turns.prepare(api, raw, customer, running_of(customer, service))
+    if not turn.bounded:
+        turn = await _within_means(turn, customer, service)
+    admit(len(turn.ids), turn.n)
+    admission = Admission(
+        id=turn.id, customer=customer, dialect=api, streamed=turn.stream, arrived=arrived
+    )
     running = await service.begin(
         [_request(turn, index, customer) for index in range(turn.n)], admission
     )
@@ -55,6 +68,32 @@ async def converse(
     return Response(sse.encode(answer), media_type="application/json", headers=headers)
 
 
+def running_of(customer: Customer, service: Service) -> int:
+    """Requests of the customer's key in the engine; one whose answers have all ended is not."""
+    return sum(
+        one.admission.customer.key_id == customer.key_id
+        and any(generation.finish is None for generation in one.generations)
+        for one in service.everyone.running
+    )
+
+
+async def _within_means(turn: Turn, customer: Customer, service: Service) -> Turn:
+    """With answers no longer than quota and balance leave: the client named no length.
+
+    They keep a token at least, for which the ledger says what is missing.
+    """
+    tier, prompt = customer.tier, len(turn.ids)
+    async with patience():
+        standing = await asyncio.to_thread(service.reports.standing, customer)
+    left = [turn.sampling.max_tokens * turn.n]
+    for tokens in (standing.tokens_today, standing.tokens_this_month):
+        left += [] if tokens is None else [tokens - prompt]
+    if tier.prepaid and tier.price.output:
+        left.append((standing.balance - tier.price.worst(prompt, 0)) // tier.price.output)
+    most = max(1, min(left) // turn.n)
+    return replace(turn, sampling=replace(turn.sampling, max_tokens=most))
+
+
 def _request(turn: Turn, index: int, customer: Customer) -> Request:
     sampling = turn.sampling
     if index and sampling.seed is not None:
@@ -66,7 +105,7 @@ def _request(turn: Turn, index: int, customer: Customer) -> Request:
         salt=turn.realm.salt,
         public_tokens=turn.realm.public_tokens,
         branches=turn.branches,
-        flow=customer.user,
+        flow=customer.flow,
         weight=float(customer.tier.priority),
         constraint=turn.grammar,
         choices=turn.choices,

@@ -4,9 +4,10 @@ Not here: what clients see of it (writers.py). Read next: bridge.py, ledger.py.
 """
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from overleap.engine.request import Event, Finish, FinishReason, Progress, Request, Token
@@ -14,24 +15,28 @@ from overleap.server.auth import Customer
 from overleap.server.bridge import Bridge, Generation
 from overleap.server.ledger import Ledger, Reservation
 from overleap.server.metrics import Metrics
-from overleap.server.refusals import Refusal, refusal_of
+from overleap.server.refusals import Refusal, overloaded, refusal_of
 from overleap.server.usage import Usage
+
+log = logging.getLogger("overleap.server")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Admission:
     """What a request comes with.
 
-    id       names it in the ledger
-    dialect  of its API, for metrics
-    prompts  how many prompts there are: each is booked once, however many answers it gets
-    arrived  of time.monotonic
+    id        names it in the ledger
+    dialect   of its API, for metrics
+    prompts   how many prompts there are: each is booked once, however many answers it gets
+    streamed  the client is sent tokens as they come, not the whole answer at its end
+    arrived   of time.monotonic
     """
 
     id: str
     customer: Customer
     dialect: str
     prompts: int = 1
+    streamed: bool = False
     arrived: float = field(default_factory=time.monotonic)
 
 
@@ -47,6 +52,7 @@ class Running:
     _ended: Callable[["Running"], None]
     _closing: "asyncio.Task[None] | None" = None
     _settled: Usage | None = None
+    _cut: bool = False
     _last_token: dict[int, float] = field(default_factory=dict)
 
     @classmethod
@@ -146,12 +152,34 @@ class Running:
 
     async def settle(self) -> Usage:
         """Book what was used, once every answer has ended; only then tell the client."""
+        return await self._settle(lambda: self.usage)
+
+    async def _settle(self, due: Callable[[], Usage]) -> Usage:
         for generation in self.generations:
             await generation.ended()
         if self._settled is None:
-            self._settled = self.usage
+            self._settled = due()
             await self.reservation.settle(self._settled)
         return self._settled
+
+    def _due(self) -> Usage:
+        """What an answer is charged that is not whole.
+
+        Where the server is to blame, because the engine failed or a server that stops cut the
+        answer, what the client was given: of a stream all of its usage so far, once a token of it
+        was sent; of any other answer nothing. A client that left pays for its usage up to then.
+        """
+        failed = self._cut or any(
+            g.finish is not None and g.finish.reason is FinishReason.ERROR for g in self.generations
+        )
+        sent = self.admission.streamed and any(at >= 0 for at in self._last_token.values())
+        return self.usage if sent or not failed else Usage()
+
+    def cut(self) -> None:
+        """End its answers because the server stops; who reads them is told so."""
+        self._cut = True
+        for generation in self.generations:
+            generation.cancel()
 
     async def close(self) -> None:
         """Take what is left out of the engine, book what was used, give the place back."""
@@ -164,19 +192,29 @@ class Running:
             generation.cancel()
         try:
             try:
-                await self.settle()
+                await self._settle(self._due)
             finally:
                 await self._stack.aclose()
         finally:  # also where the ledger could not be written
             self._ended(self)
-            admission, usage = self.admission, self._settled or self.usage
-            self.metrics.finished(
-                admission.dialect,
-                admission.customer.tier.name,
-                self._reason(),
-                usage,
-                time.monotonic() - admission.arrived,
-            )
+            self._tell(self.admission, self._settled or self.usage)
+
+    def _tell(self, admission: Admission, usage: Usage) -> None:
+        """Count it in the metrics, and leave a line in the log: who, how much, no text."""
+        seconds, tier = time.monotonic() - admission.arrived, admission.customer.tier.name
+        self.metrics.finished(admission.dialect, tier, self._reason(), usage, seconds)
+        fields = {
+            "request": admission.id,
+            "key": admission.customer.key_id,
+            "tier": tier,
+            "api": admission.dialect,
+            "ended": self._reason(),
+            "cache_hit_tokens": usage.cache_hit_tokens,
+            "cache_miss_tokens": usage.cache_miss_tokens,
+            "output_tokens": usage.output_tokens,
+            "seconds": round(seconds, 3),
+        }
+        log.info("a request ended", extra=fields)
 
     def _reason(self) -> str:
         """How it ended: as its first answer did."""
@@ -201,13 +239,30 @@ class Everyone:
     """All that runs, so that a server that stops can wait for it or end it.
 
     draining  set when nobody is waited for any more: answers end with an error event
+    coming    requests that are being let in: in the ledger or on their way to the engine
     """
 
     running: set[Running] = field(default_factory=set)
     draining: bool = False
+    coming: int = 0
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def add(self, running: Running) -> None:
+    @contextmanager
+    def entrance(self) -> Iterator[None]:
+        """Let a request in inside of it: from its first moment on it is waited for."""
+        self.coming += 1
+        try:
+            yield
+        finally:
+            self.coming -= 1
+            self._ended.set()
+
+    async def add(self, running: Running) -> None:
+        """Know of it until it ends. Raises Refusal (503) for one that came in after the cut."""
+        if self.draining:
+            running.cut()
+            await running.close()
+            raise overloaded("the server is about to stop", 5)
         self.running.add(running)
 
     def remove(self, running: Running) -> None:
@@ -215,8 +270,8 @@ class Everyone:
         self._ended.set()
 
     async def wait(self) -> None:
-        """Until nothing runs."""
-        while self.running:
+        """Until nothing runs, and nothing is being let in."""
+        while self.running or self.coming:
             self._ended.clear()
             await self._ended.wait()
 
@@ -224,5 +279,4 @@ class Everyone:
         """End all answers now; who reads them is told why."""
         self.draining = True
         for running in self.running:
-            for generation in running.generations:
-                generation.cancel()
+            running.cut()

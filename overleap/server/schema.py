@@ -1,4 +1,4 @@
-"""Bodies of requests: which fields there are, how large each may be. What is not here is refused.
+"""Bodies of requests: which fields there are, how large each may be, and which are refused.
 
 The meaning is the vendor's (chat/dialects.py); this holds the caps, and what the API documents.
 Read next: turns.py, completions.py.
@@ -6,7 +6,15 @@ Read next: turns.py, completions.py.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+from pydantic_core import PydanticCustomError
 
 MAX_MESSAGES, MAX_TOOLS, MAX_STOPS, MAX_N, MAX_PROMPTS = 10_000, 256, 16, 16, 64
 MAX_TOP_LOGPROBS, MAX_BIASED = 20, 1024
@@ -23,12 +31,35 @@ Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 User = Annotated[str, Field(max_length=512)]
+MetadataKey = Annotated[str, Field(max_length=64)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 BiasedId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(max_length=32 * 2**20)]
 Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
+
+
+def _only(why: str) -> WrapValidator:
+    """Refuse, with this sentence, what a field's type does not let through.
+
+    For fields of other servers that would change an answer and mean nothing here: their type is
+    what makes no difference, null among it.
+    """
+
+    def checked(value: Any, inner: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return inner(value)
+        except ValidationError:
+            raise PydanticCustomError("not_offered", why) from None
+
+    return WrapValidator(checked)
+
+
+_FORMAT = _only("a format is asked for with response_format (json_schema or regex)")
+_TOOLS = _only("functions are given in tools, and chosen with tool_choice")
+_TEXT = _only("this model answers in text only")
+_STORED = _only("nothing is stored here: give the whole conversation in input")
 
 
 class Body(BaseModel):
@@ -62,6 +93,15 @@ class Sampled(Body):
     logit_bias: Annotated[dict[BiasedId, Bias], Field(max_length=MAX_BIASED)] | None = None
     user: User | None = None
     return_progress: bool | None = None
+    structured_outputs: Annotated[None, _FORMAT] = None
+    guided_json: Annotated[None, _FORMAT] = None
+    guided_regex: Annotated[None, _FORMAT] = None
+    guided_choice: Annotated[None, _FORMAT] = None
+    guided_grammar: Annotated[None, _FORMAT] = None
+    repetition_penalty: Annotated[
+        Annotated[float, Field(ge=1, le=1)] | None,
+        _only("repetition is made rarer with frequency_penalty and presence_penalty"),
+    ] = None
 
 
 class Thinking(BaseModel):
@@ -92,6 +132,17 @@ class ChatBody(Sampled):
     reasoning_effort: Annotated[str, Field(max_length=16)] | None = None
     thinking: Thinking | None = None
     return_choices: bool | None = None
+    chat_template: Annotated[None, _only("the model's own chat format is used, and no other")] = (
+        None
+    )
+    chat_template_kwargs: Annotated[
+        Annotated[Object, Field(max_length=0)] | None,
+        _only('the chat format takes no arguments; thinking is set with thinking: {"type": ...}'),
+    ] = None
+    functions: Annotated[Annotated[list[Object], Field(max_length=0)] | None, _TOOLS] = None
+    function_call: Annotated[Literal["auto", "none"] | None, _TOOLS] = None
+    modalities: Annotated[list[Literal["text"]] | None, _TEXT] = None
+    audio: Annotated[None, _TEXT] = None
 
 
 class CompletionBody(Sampled):
@@ -112,7 +163,7 @@ class CompletionBody(Sampled):
 
 
 class ResponsesBody(Body):
-    """POST /v1/responses. Nothing is stored: no previous_response_id."""
+    """POST /v1/responses. Nothing is stored, whatever `store` says."""
 
     input: Text | Annotated[list[Object], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: Text | None = None
@@ -125,8 +176,20 @@ class ResponsesBody(Body):
     parallel_tool_calls: bool | None = None
     reasoning: Object | None = None
     text: Object | None = None
-    previous_response_id: None = None
     user: User | None = None
+    store: bool | None = None
+    metadata: Annotated[dict[MetadataKey, User], Field(max_length=16)] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    max_tool_calls: Annotated[int, Field(ge=1, le=2**20)] | None = None
+    prompt_cache_key: User | None = None
+    safety_identifier: User | None = None
+    previous_response_id: Annotated[None, _STORED] = None
+    conversation: Annotated[None, _STORED] = None
+    prompt: Annotated[None, _only("no prompts are stored here: give the text in input")] = None
+    background: Annotated[
+        Literal[False] | None,
+        _only("nothing runs in the background here: wait for the answer, or have it streamed"),
+    ] = None
 
 
 class MessagesBody(Body):

@@ -53,8 +53,16 @@ class Parts:
 
 
 def assemble(parts: Parts) -> Service:
-    """A service that is not serving yet. Raises ConfigError for one that would be open to all."""
+    """A service that is not serving yet.
+
+    Raises ConfigError for one that would be open to all, or that subtracts dollars from yen.
+    """
     settings = parts.settings
+    if parts.costs is not None and parts.costs.currency != parts.tiers.currency:
+        raise ConfigError(
+            f"costs are in {parts.costs.currency}, the tiers' prices in {parts.tiers.currency}",
+            "cost stands beside price: give both in one currency",
+        )
     needs_keys = parts.needs_keys or not settings.loopback
     if needs_keys and not _has_keys(parts.database):
         raise ConfigError(

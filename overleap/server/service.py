@@ -36,14 +36,15 @@ class Service:
 
     async def begin(self, requests: Sequence[Request], admission: Admission) -> Running:
         """Let requests in, and know of them until they end. Raises as `Running.begin`."""
-        running = await Running.begin(
-            requests,
-            admission,
-            bridge=self.bridge,
-            ledger=self.ledger,
-            metrics=self.metrics,
-            wait_s=self.settings.wait_s,
-            ended=self.everyone.remove,
-        )
-        self.everyone.add(running)
+        with self.everyone.entrance():
+            running = await Running.begin(
+                requests,
+                admission,
+                bridge=self.bridge,
+                ledger=self.ledger,
+                metrics=self.metrics,
+                wait_s=self.settings.wait_s,
+                ended=self.everyone.remove,
+            )
+            await self.everyone.add(running)
         return running

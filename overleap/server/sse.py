@@ -63,7 +63,8 @@ async def _next(frames: AsyncIterator[bytes]) -> bytes:
 class EventStream(Response):
     """Sends frames as they come. When the client leaves, `frames` is closed at once.
 
-    slow_reader_s  a client that does not take a frame for so long is cut off
+    slow_reader_s  of a client that does not take a frame for so long nothing more is made; the
+                   connection is ended by its protocol (wire.py)
     close          runs at the end in any case, also where nothing was ever sent
     """
 
@@ -101,8 +102,11 @@ class EventStream(Response):
             message = {"type": "http.response.body", "body": data, "more_body": True}
             # uvicorn waits here while the client does not read. Not `wait_for`: on Python 3.11 it
             # loses a cancel that comes as `send` ends, and an answer went on without its reader.
-            async with asyncio.timeout(self._slow_reader_s):
-                await send(message)
+            try:
+                async with asyncio.timeout(self._slow_reader_s):
+                    await send(message)
+            except TimeoutError:
+                return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -45,7 +45,7 @@ def model(service: Service, name: str, customer: Customer) -> Response:
 
 
 async def tokenize(raw: bytes, customer: Customer, service: Service) -> Response:
-    return await service.turns.aside(_tokenize, raw, customer, service.turns)
+    return await service.turns.read(customer, None, _tokenize, raw, customer, service.turns)
 
 
 def _tokenize(raw: bytes, customer: Customer, turns: Turns) -> Response:
@@ -72,7 +72,7 @@ def _tokenize(raw: bytes, customer: Customer, turns: Turns) -> Response:
 
 
 async def detokenize(raw: bytes, customer: Customer, service: Service) -> Response:
-    return await service.turns.aside(_detokenize, raw, customer, service.turns)
+    return await service.turns.read(customer, None, _detokenize, raw, customer, service.turns)
 
 
 def _detokenize(raw: bytes, customer: Customer, turns: Turns) -> Response:
@@ -86,7 +86,7 @@ def _detokenize(raw: bytes, customer: Customer, turns: Turns) -> Response:
 
 
 async def count_tokens(raw: bytes, customer: Customer, service: Service) -> Response:
-    return await service.turns.aside(_count, raw, service.turns)
+    return await service.turns.read(customer, None, _count, raw, service.turns)
 
 
 def _count(raw: bytes, turns: Turns) -> Response:

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import deepseek_recipe as recipe
@@ -27,12 +27,17 @@ from overleap.engine.request import Sampling
 from overleap.errors import DialectError, RequestError
 from overleap.server.auth import Customer
 from overleap.server.isolation import Isolation, Realm
+from overleap.server.limits import Limits
 from overleap.server.refusals import Refusal
 from overleap.server.schema import Body, ChatBody, MessagesBody, ResponsesBody
 from overleap.server.settings import Settings
 
 _Result = TypeVar("_Result")
 COMPILE_S = 2.0
+# Of a Responses request; what Messages calls metadata is never shown.
+_REPEATED = (
+    "metadata", "truncation", "max_tool_calls", "prompt_cache_key", "safety_identifier",
+)  # fmt: skip
 _BODIES: dict[Api, type[Body]] = {
     "chat": ChatBody,
     "responses": ResponsesBody,
@@ -69,11 +74,12 @@ class Turn:
     """A request, ready for the engine.
 
     read      the library's request: makes the event streams of its API
-    echo      what a Responses answer repeats of its request
+    echo      what a Responses answer repeats of its request; repeated: and the library leaves out
     realm     whose cache it may share
     n         answers wanted
     progress  tell how far the prompt is read; choices: what the indexer chose at the end
     branches  prompt lengths after which later prompts may go on differently
+    bounded   the client said how long the answer may be
     """
 
     api: Api
@@ -91,7 +97,9 @@ class Turn:
     progress: bool
     choices: bool
     branches: tuple[int, ...] = ()
+    bounded: bool = True
     echo: recipe.ResponsesEcho | None = None
+    repeated: Mapping[str, Any] = field(default_factory=dict)
     grammar: Grammar | None = None
 
 
@@ -132,15 +140,32 @@ class Turns:
         self._compilers = ThreadPoolExecutor(2, thread_name_prefix="grammar")
         # Long texts wait for each other, and nothing else for them.
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="text")
+        self._limits = Limits()
+        tokenizer = model.tokenizer
+        self._token_bytes = max(map(len, map(tokenizer.token_bytes, range(tokenizer.vocab_size))))
 
     async def aside(self, work: Callable[..., _Result], *arguments: Any) -> _Result:
         """Do what takes a text's length in a thread."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._readers, work, *arguments)
 
-    async def prepare(self, api: Api, raw: bytes, customer: Customer) -> Turn:
-        """Read a body. Raises Refusal, RequestError, DialectError."""
-        turn, wanted = await self.aside(self._prepare, api, raw, customer)
+    async def read(
+        self,
+        customer: Customer,
+        running: int | None,
+        work: Callable[..., _Result],
+        *arguments: Any,
+    ) -> _Result:
+        """As `aside`, in the customer's turn. running: as `Limits.reading` is told.
+
+        Raises RateError before anything is read, and what the work raises.
+        """
+        async with self._limits.reading(customer, running):
+            return await self.aside(work, *arguments)
+
+    async def prepare(self, api: Api, raw: bytes, customer: Customer, running: int) -> Turn:
+        """Read a body. Raises Refusal, RateError, RequestError, DialectError."""
+        turn, wanted = await self.read(customer, running, self._prepare, api, raw, customer)
         return turn if wanted is None else replace(turn, grammar=await self.compile(wanted))
 
     async def compile(self, wanted: Wanted) -> Grammar:
@@ -172,6 +197,21 @@ class Turns:
         tier = customer.tier.context_tokens
         return self.model.context_tokens if tier is None else min(tier, self.model.context_tokens)
 
+    def check_size(self, text: str, customer: Customer, param: str) -> None:
+        """Raises Refusal (400) for a text that is too long whatever its tokens are.
+
+        Cheap beside finding them: a token is no longer than the longest of the vocabulary.
+        """
+        context, size = self.context_of(customer), len(text.encode("utf-8", "surrogatepass"))
+        if size > context * self._token_bytes:
+            raise Refusal(
+                400,
+                f"the prompt has {size} bytes and so at least {-(-size // self._token_bytes)} "
+                f"tokens, the context is {context}",
+                "context_length_exceeded",
+                param,
+            )
+
     def render(
         self, api: Api, value: Mapping[str, Any]
     ) -> tuple[Prompt, recipe.ConversationRequest]:
@@ -188,6 +228,7 @@ class Turns:
         body, value = parsed(_BODIES[api], raw)
         self.check_model(body.model)
         prompt, read = self.render(api, value)
+        self.check_size(prompt.text, customer, "messages")
         user_id = user_id_of(value)
         tenant = self.isolation.salt(customer, user_id)
         ids = self.replay.encode(prompt, read.conversation.messages, tenant)
@@ -215,7 +256,9 @@ class Turns:
             progress=bool(value.get("return_progress")),
             choices=bool(value.get("return_choices")),
             branches=self._branches(prompt, ids),
+            bounded=asked is not None,
             echo=echo,
+            repeated={name: value[name] for name in _REPEATED if value.get(name) is not None},
         )
         return turn, _wanted(api, read, prompt, value)
 

@@ -157,6 +157,7 @@ class Writer:
         response = found.get("response", found)
         if self.turn.api == "responses" and response.get("object") == "response":
             response["text"]["verbosity"] = response["text"]["verbosity"] or "medium"
+            response |= self.turn.repeated
         if self.turn.api == "messages":
             message = found.get("message", found)
             if message["type"] == "message":

@@ -152,6 +152,13 @@ def test_what_cannot_be_held_is_refused_in_a_sentence() -> None:
         assert caught.value.message and "\n" not in caught.value.message
 
 
+def test_the_first_compile_finds_the_table_of_tokens_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes longer than a request may wait for its grammar, where the vocabulary is large."""
+    grammars, made = Grammars(TOKENIZER), []
+    monkeypatch.setattr("overleap.chat.grammar._table", made.append)
+    assert held(grammars.compile(Wanted("regex", "a")), "a") == "a." and not made
+
+
 def test_what_was_compiled_is_kept() -> None:
     assert compiled("regex", "kept+") is compiled("regex", "kept+")
     assert compiled("regex", "kept+") is not compiled("regex", "kept*")

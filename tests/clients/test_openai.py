@@ -215,7 +215,9 @@ def test_max_tokens_end_an_answer(server: Live) -> None:
 
 
 def test_responses_whole_and_streamed(server: Live) -> None:
-    whole = client(server).responses.create(model=NAME, input="Hi", instructions="Be kind.")
+    whole = client(server).responses.create(
+        model=NAME, input="Hi", instructions="Be kind.", store=True
+    )
     assert whole.output_text == "Hello, world!" and whole.status == "completed"
     assert [item.type for item in whole.output] == ["reasoning", "message"]
     assert whole.usage.output_tokens_details.reasoning_tokens > 0
@@ -340,6 +342,8 @@ def test_models_are_listed(server: Live) -> None:
             }, 400, "hinking",
         ),
         ({"stop": ["x"] * 17}, 400, "stop"),
+        ({"extra_body": {"guided_regex": "[ab]"}}, 400, "response_format"),
+        ({"functions": [{"name": "f"}]}, 400, "functions: "),
     ],
 )  # fmt: skip
 def test_errors_are_those_of_the_client(

@@ -3,8 +3,10 @@
 Chromium is Debian's, found by path; the test skips with a reason where it or a library is missing.
 """
 
+import json
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,13 +37,14 @@ PAYLOADS = [
     for tag in TAGS
     for call in CALLS
 ][:100]  # fmt: skip
+HOSTILE = ["\n".join(PAYLOADS[n : n + 25]) for n in range(0, 100, 25)]
 
 
 def script(prompt: str) -> str:
     question = prompt.rsplit("<｜User｜>", 1)[1].split("<｜Assistant｜>")[0]
-    said = question.removeprefix("say ") if question.startswith("say ") else "Hello from the model."
-    said = "word " * 400 if question == "long" else said
-    return said if prompt.endswith("</think>") else f"A thought.</think>{said}"
+    said = "word " * 400 if question == "long" else "Hello from the model."
+    said, thought = (question, question) if question in HOSTILE else (said, "A thought.")
+    return said if prompt.endswith("</think>") else f"{thought}</think>{said}"
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +105,17 @@ def test_a_chat_with_folded_reasoning_and_figures(page: Any) -> None:
     keep(page, "chat")
 
 
+def test_the_speed_is_that_of_tokens_and_not_of_chunks(page: Any) -> None:
+    usage = {"prompt_tokens": 9, "completion_tokens": 501, "total_tokens": 510,
+             "prompt_cache_hit_tokens": 0, "prompt_cache_miss_tokens": 9}  # fmt: skip
+    page.evaluate(
+        """usage => { const now = performance.now(); figures(usage, now - 3000, now - 2000); }""",
+        usage,
+    )
+    shown = re.search(r"tokens a second([\d.]+)", page.locator("#answer").text_content())
+    assert shown is not None and 200 < float(shown[1]) <= 250
+
+
 def test_the_plan_of_the_model(page: Any) -> None:
     plan = page.locator("#plan")
     playwright.expect(plan).to_contain_text("users at full context")
@@ -149,30 +163,44 @@ def test_stopping_ends_the_request_in_the_engine(page: Any, server: Live) -> Non
     assert server.service.bridge.running == 0
 
 
-def test_progress_of_a_long_prompt_is_shown(page: Any, server: Live) -> None:
-    page.evaluate(
-        """() => { window.seen = []; new MutationObserver(() => window.seen.push(
-        document.getElementById('barlabel').textContent)).observe(
-        document.getElementById('barlabel'), {childList: true}); }"""
-    )
-    say(page, "attached " * 3000)
-    ended(page)
-    seen = page.evaluate("() => window.seen")
-    assert any("of 3," in text or "of 6," in text or "tokens" in text for text in seen), seen
+def test_progress_of_a_long_prompt_is_shown(browser: Any, tmp_path: Path) -> None:
+    """The test grants the steps, so the page stands still while a part of the prompt is read."""
+    gate = threading.Semaphore(0)
+    with live(tmp_path, scripted(script, gate=gate)) as server:
+        page = browser.new_page()
+        page.goto(server.url)
+        playwright.expect(page.locator("#model")).to_contain_text("test-model")
+        try:
+            say(page, "attached " * 6000)
+            gate.release()
+            page.wait_for_function("() => $('bar').value > 0", timeout=WAIT_MS)
+            playwright.expect(page.locator("#reading")).to_be_visible()
+            label = page.locator("#barlabel").text_content()
+            read, total = re.fullmatch(
+                r"Reading: ([\d,]+) of ([\d,]+) tokens, 0 from the cache", label
+            ).groups()
+            done = int(read.replace(",", "")) / int(total.replace(",", ""))
+            assert 0 < done < 1, label
+            assert page.evaluate("() => $('bar').value") == pytest.approx(done)
+        finally:
+            gate.release(10**6)
+        ended(page)
+        playwright.expect(page.locator("#reading")).to_be_hidden()
+        page.close()
 
 
 def test_a_used_up_quota_is_told(browser: Any, tmp_path: Path) -> None:
     tiers = tmp_path / "tiers.toml"
     tiers.write_text(
         'currency = "USD"\n'
-        "[tiers.admin]\nadmin = true\ntokens_per_day = 50\n"
+        "[tiers.admin]\nadmin = true\ntokens_per_day = 5\n"
         "price_per_million = { cache_hit = 0, cache_miss = 0, output = 0 }\n"
     )
     with live(tmp_path, scripted(script), tiers=tiers) as server:
         page = browser.new_page()
         page.goto(server.url)
-        playwright.expect(page.locator("#server")).to_contain_text("50")
-        say(page, "hi")
+        playwright.expect(page.locator("#server")).to_contain_text("5")
+        say(page, "hi")  # 5 tokens, which leave none to answer with
         playwright.expect(page.locator("#note")).to_be_visible(timeout=WAIT_MS)
         assert (
             "today" in page.locator("#note").text_content()
@@ -183,22 +211,30 @@ def test_a_used_up_quota_is_told(browser: Any, tmp_path: Path) -> None:
 
 
 def test_a_hundred_hostile_texts_do_nothing(page: Any) -> None:
+    """Said by the user, thought and answered by the model, and in the server's complaint."""
     assert len(set(PAYLOADS)) == 100
-    before = page.evaluate("() => document.querySelectorAll('*').length")
-    for payload in PAYLOADS:
-        page.evaluate("text => { show('assistant').text.textContent = text; note(text); }", payload)
-    for payload in PAYLOADS[::20]:
-        say(page, f"say {payload}")
+    for turn, hostile in enumerate(HOSTILE, 1):
+        say(page, hostile)
         ended(page)
-        shown = page.locator("article.assistant .text").last.text_content()
-        assert shown == payload
+        for place in ("article.user .text", "article.assistant .reasoning",
+                      "article.assistant .text"):  # fmt: skip
+            playwright.expect(page.locator(place)).to_have_count(turn)
+            assert page.locator(place).last.text_content() == hostile
+    known = page.evaluate("() => document.querySelectorAll('body *').length")
+    refusal = json.dumps({"error": {"message": "\n".join(PAYLOADS)}})
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=400, body=refusal))
+    say(page, "hi")
+    ended(page)
+    assert page.locator("#note").text_content() == "\n".join(PAYLOADS)
     found = page.evaluate(
         """() => ({title: document.title, taken: window.taken || null,
-        tags: document.querySelectorAll(
-            '#talk script, #talk img, #talk svg, #talk iframe, #talk a').length})"""
+        inside: document.querySelectorAll('.text *, .reasoning *, #note *').length,
+        talk: document.querySelectorAll('#talk *').length,
+        all: document.querySelectorAll('body *').length})"""
     )
-    assert found == {"title": "Overleap", "taken": None, "tags": 0}
-    assert page.evaluate("() => document.querySelectorAll('*').length") > before
+    # A turn is two elements of the user's and five of the model's; of the last the user's are left.
+    whole = {"talk": 7 * len(HOSTILE) + 2, "all": known + 2}
+    assert found == {"title": "Overleap", "taken": None, "inside": 0, **whole}
 
 
 def test_foreign_scripts_are_refused_by_policy(page: Any) -> None:

@@ -20,7 +20,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from overleap.errors import QuotaError, RateError
+from overleap.errors import LedgerError, QuotaError, RateError
 from overleap.server.auth import Auth, Customer
 from overleap.server.database import Database
 from overleap.server.ledger import Ledger
@@ -34,8 +34,10 @@ async def _work(
 ) -> None:
     for _ in range(rounds):
         prompt, output = draw.randint(1, PROMPT), draw.randint(1, OUTPUT)
+        let_in = False
         try:
             async with ledger.reserve(customer, prompt, output) as reservation:
+                let_in = True
                 await asyncio.sleep(draw.random() * 0.01)
                 if draw.random() < 0.1:
                     continue  # left without being settled: a refund
@@ -51,6 +53,10 @@ async def _work(
             return
         except RateError:
             await asyncio.sleep(0.01)
+        except LedgerError:
+            if let_in:
+                raise
+            # Too many wait for the lock: the client is told to come back, and does.
 
 
 def work(order: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -63,6 +64,8 @@ def served(*options: str) -> Iterator[Served]:
                     port = int(found[1])
                     break
             assert port, "the server did not start"
+            # A pipe that nobody reads is full after some hundred requests.
+            threading.Thread(target=process.stderr.read, daemon=True).start()
             _wait_ready(port)
             yield Served(process, port)
         finally:
@@ -73,8 +76,6 @@ def served(*options: str) -> Iterator[Served]:
                 except subprocess.TimeoutExpired:
                     process.kill()
             process.wait()
-            assert process.stderr is not None
-            process.stderr.close()
 
 
 def _wait_ready(port: int) -> None:

@@ -1,20 +1,25 @@
 """Logs: one line of JSON an event, and none of the secrets that were put into them."""
 
+import asyncio
 import io
 import json
 import logging
 import random
 import secrets
+from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from overleap.server.logs import configure, redacted
+from tests.server import load
+from tests.server.live import NAME, live, scripted
 
 
-def lines_of(*, texts: bool = False, **fields: Any) -> str:
+def lines_of(**fields: Any) -> str:
     stream = io.StringIO()
-    logger = configure(stream, texts=texts)
+    logger = configure(stream)
     logger.info("request", extra=fields)
     return stream.getvalue()
 
@@ -68,9 +73,47 @@ def test_an_error_tells_where_but_no_secret() -> None:
     assert "test_logs.py" in event["trace"][-1]
 
 
-def test_texts_only_when_asked_for() -> None:
+def test_a_request_leaves_a_line_without_its_text(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    configure(stream)
+    with live(tmp_path, scripted(lambda prompt: "hm</think>An answer.")) as server:
+        said = [{"role": "user", "content": "A question"}]
+        body = {"model": NAME, "messages": said, "max_tokens": 20, "user": "CANARY"}
+        port = int(server.url.rpartition(":")[2])
+        status, _, raw = asyncio.run(load.send(port, "POST", "/v1/chat/completions", body))
+        assert status == 200
+    (event,) = [e for e in map(json.loads, stream.getvalue().splitlines()) if "request" in e]
+    usage = json.loads(raw)["usage"]
+    assert event["request"] == json.loads(raw)["id"] and event["key"] == "local"
+    assert event["output_tokens"] == usage["completion_tokens"]
+    assert event["cache_hit_tokens"] + event["cache_miss_tokens"] == usage["prompt_tokens"]
+    assert not any(text in stream.getvalue() for text in ("question", "answer.", "CANARY"))
+
+
+@pytest.mark.parametrize("name", ["uvicorn.error", "asyncio"])
+def test_what_the_server_stands_on_tells_no_secret(
+    name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A statement that fails quotes its values, on several lines; so do tasks nobody waited for."""
+    stream, secret = io.StringIO(), secrets.token_urlsafe(32)
+    configure(stream)
+    values = {"key": secret, "note": "two\nlines"}
+    with (
+        sa.create_engine("sqlite://").connect() as connection,
+        pytest.raises(sa.exc.OperationalError) as caught,
+    ):
+        connection.execute(sa.text("SELECT :key, :note FROM missing"), values)
+    assert secret in str(caught.value), "the error itself tells it"
+    logging.getLogger(name).error("failed: %s", caught.value, exc_info=caught.value)
+    logging.getLogger(name).info("Started server process")
+    event = json.loads(stream.getvalue())
+    assert secret not in stream.getvalue() and "lines" not in event["error"]
+    assert "no such table: missing" in event["error"] and "no such table" in event["event"]
+    assert capfd.readouterr().err == ""
+
+
+def test_of_a_text_its_length_is_told() -> None:
     assert json.loads(lines_of(prompt="a question"))["prompt"] == "(10 left out)"
-    assert json.loads(lines_of(texts=True, prompt="a question"))["prompt"] == "a question"
 
 
 def test_long_values_are_cut() -> None:

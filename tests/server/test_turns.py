@@ -267,3 +267,18 @@ def test_a_schema_that_is_nested_too_deep_is_refused(server: Live) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
     status, told = call(server, PATHS["chat"], asked("chat", "a call", tools=[tool]))
     assert status == 400 and "nesting depth" in told["error"]["message"]
+
+
+def test_a_response_repeats_what_was_asked(server: Live) -> None:
+    said = {
+        "metadata": {"a": "b"},
+        "truncation": "auto",
+        "max_tool_calls": 3,
+        "prompt_cache_key": "key",
+        "safety_identifier": "who",
+    }
+    status, answer = call(server, PATHS["responses"], asked("responses", "an end", **said))
+    assert status == 200, answer
+    assert {name: answer[name] for name in said} == said
+    status, answer = call(server, PATHS["responses"], asked("responses", "an end"))
+    assert (answer["metadata"], answer["truncation"]) == ({}, "disabled")

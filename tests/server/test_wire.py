@@ -1,6 +1,7 @@
 """Over the wire: keys at every route, malformed requests, deadlines, leaving, draining."""
 
 import asyncio
+import io
 import json
 import random
 import signal
@@ -15,6 +16,7 @@ import pytest
 
 from overleap.server import app
 from overleap.server.auth import Access, revoke_key
+from overleap.server.logs import configure
 from tests.server import load
 from tests.server.live import NAME, Live, live, scripted
 
@@ -151,6 +153,63 @@ def test_slow_heads_slow_bodies_and_idle_connections_are_closed(server: Live) ->
             except ConnectionError:
                 pass
         assert time.monotonic() - began < most_s, data[:20]
+
+
+def unread(server: Live, path: str, body: dict[str, Any]) -> socket.socket:
+    """A connection that has asked, and whose client has not read yet. Little fits into its way."""
+    for listening in server.server.servers[0].sockets:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", port_of(server)))
+    raw = json.dumps({"model": NAME, **body}).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+    )
+    connection.sendall(head.encode() + raw)
+    return connection
+
+
+TOKENS = {"prompt": "word another " * 30_000, "return_token_strs": True}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", TOKENS),
+        ("/tokenize", {"prompt": "word another " * 3000}),
+        ("/v1/completions", {"prompt": "long\n", "max_tokens": 400, "stream": True}),
+    ],
+    ids=["whole", "whole and small", "stream"],
+)
+def test_a_client_that_never_reads_is_cut_off(
+    tmp_path: Path, path: str, body: dict[str, Any]
+) -> None:
+    told = io.StringIO()
+    configure(told, level="WARNING")
+    with live(tmp_path, scripted(script), slow_reader_s=0.5) as server:
+        connections = server.server.server_state.connections
+        with unread(server, path, body):
+            until(lambda: len(connections) == 1, "it did not come")
+            until(lambda: not connections, "its connection is still there")
+        until(lambda: server.service.bridge.running == 0, "its answer is still there")
+    assert told.getvalue() == "", "that is no error of the server"
+
+
+def test_a_client_that_reads_slowly_reads_all(tmp_path: Path) -> None:
+    """It takes longer than the deadline in all, and what it must in each."""
+    with live(tmp_path, scripted(script), slow_reader_s=0.7) as server:
+        found, began = b"", time.monotonic()
+        with unread(server, "/tokenize", TOKENS) as connection:
+            connection.settimeout(10)
+            while piece := connection.recv(4096):
+                if len(found) // 2**17 != (len(found) + len(piece)) // 2**17:
+                    time.sleep(0.3)
+                found += piece
+        assert time.monotonic() - began > 0.7
+    head, _, answer = found.partition(b"\r\n\r\n")
+    assert b" 200 " in head and json.loads(answer)["count"] > 10_000
 
 
 def test_large_bodies_are_refused_unread(server: Live) -> None:
