@@ -34,6 +34,7 @@ class Kind:
     node       device file that is there when a chip is plugged in, or None
     hint       what makes torch drive it
     packed     whether it holds weights in FP8 and FP4
+    float64    whether it has the type; `sample` runs on the host where not
     """
 
     name: str
@@ -45,6 +46,7 @@ class Kind:
     node: str | None = None
     hint: str = "install a build of torch for it"
     packed: bool = True
+    float64: bool = True
 
 
 KINDS = (
@@ -59,7 +61,7 @@ KINDS = (
     Kind("mlu", "mlu", "a Cambricon MLU", "cncl", None, "torch_mlu", "/dev/cambricon_dev0",
          "install torch_mlu"),
     Kind("mps", "mps", "an Apple GPU", "gloo", hint="install torch for macOS on Apple silicon",
-         packed=False),
+         packed=False, float64=False),
     Kind("cpu", "cpu", "the CPU", "gloo", "cpu"),
 )  # fmt: skip
 CPU = KINDS[-1]
@@ -206,6 +208,11 @@ def multiplies_bf16(device: "torch.device") -> bool:
         torch.get_device_module(device), "is_bf16_supported", None
     )
     return asked is not None and bool(asked())
+
+
+def has_float64(device: "torch.device") -> bool:
+    """Whether it has the type, by the table: nothing is asked of torch, a token can afford it."""
+    return all(kind.float64 for kind in KINDS if kind.type == device.type)
 
 
 def synchronise(device: "torch.device") -> None:

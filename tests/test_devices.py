@@ -1,6 +1,7 @@
 """The table of devices: what is there, what is not, and that nothing is imported unasked."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ import torch
 from overleap import devices, machine
 from overleap.devices import CPU, KINDS
 from overleap.errors import BackendError
+from tests import pretend
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -136,6 +138,60 @@ def test_packed_weights_go_to_no_kind_that_cannot_hold_them(
     with pytest.raises(BackendError, match=r"Apple GPU .* FP8 or FP4, and these are") as refused:
         devices.find("mps", packed=True)
     assert "--form bf16" in str(refused.value.hint)
+
+
+WITHOUT_FLOAT64 = """
+import sys
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from overleap import devices, load
+from overleap.engine.engine import Engine
+from overleap.engine.request import Request, Sampling
+from overleap.kernels import select
+from overleap.kernels.conformance import conform
+from tests import pretend
+
+device, seed = pretend.register(), int(sys.argv[1])
+devices.KINDS += (devices.Kind("pretend", "pretend", "a chip", "gloo", float64=False),)
+
+
+class Without(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == "pretend":
+                assert leaf.dtype is not torch.float64, f"{func} makes float64 on the device"
+        return out
+
+
+with Without():
+    verdicts = conform(select("auto", "pretend"), device, seed=seed, only=["sample"], enough_s=1)
+    assert [(v.case, v.reason) for v in verdicts if not v.passed] == []
+    said = []
+    for where in ("pretend", "cpu"):
+        engine = Engine(load("mini", device=where, backend="torch"), memory_bytes=64 << 20)
+        for sampling in (
+            Sampling(temperature=0, logprobs=2, max_tokens=4, stop_ids=()),
+            Sampling(temperature=1, top_p=0.9, seed=seed, max_tokens=4, stop_ids=()),
+        ):
+            answer = engine.generate(Request(prompt=[7, 11, 13], sampling=sampling))
+            said.append([token.id for token in answer.tokens])
+assert len(said[0]) == 4 and said[:2] == said[2:], said
+"""
+
+
+def test_a_device_without_float64_yields_tokens(seed: int) -> None:
+    """As an Apple GPU is: on the pretend device, in a process of its own."""
+    if why := pretend.missing():
+        pytest.skip(why)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_FLOAT64, str(seed)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_files_tell_what_is_plugged_in(tmp_path: Path) -> None:

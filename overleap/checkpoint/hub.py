@@ -104,6 +104,7 @@ def fetch(hub_id: str, announce: Callable[[Preflight], None]) -> Path:
     """
     cached = _cached(hub_id)
     if cached is not None:
+        _fetch_encoder(hub_id, cached)
         return cached
     needed = preflight(hub_id)
     announce(needed)
@@ -184,6 +185,18 @@ def _cached(hub_id: str) -> Path | None:
     except (LocalEntryNotFoundError, HFValidationError, CheckpointError):
         return None
     return Path(folder)
+
+
+def _fetch_encoder(hub_id: str, snapshot: Path) -> None:
+    """Add the encoder to a snapshot that other programs cached without it, where that can be done.
+
+    No network where it is there, nor where the hub has said before that this commit has none. It
+    takes at most two seconds to learn that there is no network: the weights are there without it.
+    """
+    commit = snapshot.name
+    if huggingface_hub.try_to_load_from_cache(hub_id, _ENCODER, revision=commit) is None:
+        with suppress(Exception):  # of the library, and of those that it stands on
+            huggingface_hub.hf_hub_download(hub_id, _ENCODER, revision=commit, etag_timeout=2)
 
 
 def _unreachable(hub_id: str, error: Exception) -> CheckpointError:

@@ -46,7 +46,9 @@ Device = Annotated[
     str,
     typer.Option(help="`cpu`, a kind of accelerator (`overleap doctor` lists them), or `auto`."),
 ]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's choice else.", min=1)]
+Threads = Annotated[  # torch ends without a word where the system has no room for so many
+    int | None, typer.Option(help="CPU threads; torch's choice else.", min=1, max=1024)
+]
 CacheKind = Annotated[
     str,
     typer.Option("--cache", help="`release` (packed FP8/FP4) or `wide` (float32, no rounding)."),

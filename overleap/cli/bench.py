@@ -5,6 +5,7 @@ picture (eval/plot.py).
 """
 
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import typer
 
 from overleap.cli import screen
 from overleap.cli.app import CacheKind, Device, Json, Threads, app, cache_format_of
-from overleap.cli.versus import compare
+from overleap.cli.versus import ceiling_settings, compare
 from overleap.errors import RequestError
 from overleap.machine import peak_resident_bytes, size
 
@@ -31,7 +32,7 @@ Save = Annotated[bool, typer.Option(help="Add the record to the folder.")]
 Measured = Annotated[
     str | None,
     typer.Argument(
-        help="Folder, hub id, `mini`, `random` (small), `bench-122m-bf16` or "
+        help="Folder, hub id, `mini`, `random` (small, not for --versus), `bench-122m-bf16` or "
         "`bench-122m-release` (random weights of every kind, written for the run)."
     ),
 ]
@@ -110,11 +111,11 @@ def bench(
         return
     if depth and to is not None:
         raise RequestError("--depth and --to both say how deep", "give one of them")
-    if versus and device != "cpu":
-        raise RequestError(f"--versus compares on the CPU, --device is {device}")
     _refuse_plot(plot, save, geometry is not None or bool(versus))
     way = _way(versus, geometry)
     _refuse_unfit(frame, way, context)
+    if versus:
+        _refuse_versus(model, device, patience)
     backends = backend or ["auto"]
     settings = _settings(backends, device, threads, seed)
     output = _Output(results, save, plot, as_json)
@@ -162,6 +163,21 @@ def _refuse_plot(plot: bool, save: bool, other: bool) -> None:
         raise RequestError(
             "--plot draws the saved record of a run by depth",
             "leave out --no-save and --geometry",
+        )
+
+
+def _refuse_versus(model: str | None, device: str, patience: float | None) -> None:
+    """Raise where other programs cannot be asked so."""
+    if device != "cpu":
+        raise RequestError(f"--versus compares on the CPU, --device is {device}")
+    if model == "random":
+        raise RequestError(
+            "--versus needs a checkpoint in files, `random` is in memory only",
+            "bench-122m-bf16 and bench-122m-release are written for the run",
+        )
+    if patience is not None and not 0 < patience < math.inf:
+        raise RequestError(
+            f"--patience is {patience}", "it is a number above 0: 10 waits ten times as long"
         )
 
 
@@ -297,6 +313,7 @@ def _geometry(
     from overleap.config import ModelConfig
     from overleap.eval.geometry import geometry
     from overleap.kernels import select
+    from overleap.kernels.conformance.ceilings import ceilings
 
     config, device = ModelConfig.preset(name), torch.device(settings["device"])
     numbers: list[dict[str, Any]] = []
@@ -313,29 +330,37 @@ def _geometry(
                 progress=bar,
             )
         peak = peak_resident_bytes() or 0
+        limits = ceilings(device)  # after the peak was read: this takes memory too
         title = (
             f"{name}, {tokens:,} tokens: {found.bytes_per_token:,.2f} B of cache a token "
             f"(formula {found.formula_bytes_per_token:,.2f}), {size(found.page_bytes)} and "
             f"{size(found.window_bytes)} of windows, process {size(peak)}"
         )
         facts = asdict(found)
-        parts = facts.pop("parts")
+        del facts["parts"]
         numbers.append({"backend": backend} | facts | {"peak_process_bytes": peak})
-        numbers += [{"backend": backend} | part for part in parts]
-        rows += [
-            (
-                backend,
-                part.part,
-                part.layers,
-                f"{1000 * part.step_s:,.1f} ms",
-                size(part.read_bytes),
-                f"{part.read_bytes / part.step_s / 1e9:.2f}",
-            )
-            for part in found.parts
-        ]
-    settings |= {"geometry": name, "context_tokens": tokens}
-    columns = ("backend", "part of a decode step", "layers", "time", "cache bytes read", "GB/s")
+        for part in found.parts:
+            share, bound = part.share(limits)
+            told = {"share": share, "ceiling": bound}
+            numbers.append({"backend": backend} | asdict(part) | told)
+            rows.append((backend, *_part_cells(numbers[-1])))
+    settings |= {"geometry": name, "context_tokens": tokens} | ceiling_settings(limits)
+    columns = ("backend", "part of a decode step", "layers", "time", "cache bytes read", "GB/s",
+               "Gop/s", "of the ceiling")  # fmt: skip
     _report("geometry", screen.Shown(title, columns, rows), numbers, settings, None, output)
+
+
+def _part_cells(row: dict[str, Any]) -> tuple[object, ...]:
+    """A part of a step for people: rates are of all that it moves and counts."""
+    return (
+        row["part"],
+        row["layers"],
+        f"{1000 * row['step_s']:,.1f} ms",
+        size(row["read_bytes"]),
+        f"{row['moved_bytes'] / row['step_s'] / 1e9:.2f}",
+        f"{row['operations'] / row['step_s'] / 1e9:,.1f}",
+        f"{100 * row['share']:.0f} % of {row['ceiling']}",
+    )
 
 
 def _generations(

@@ -7,6 +7,7 @@ import json
 import math
 import secrets
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -71,14 +72,17 @@ def kernels(
     Example: `overleap kernels --backend cpu`
     """
     from overleap import devices
-    from overleap.kernels import table
+    from overleap.kernels import DEFINITION, asked, table
 
-    served = table(backend, devices.find(device).type)
+    where = devices.find(device).type
+    served = table(backend, where)
     if as_json:
         screen.put_json([asdict(row) for row in served])
         return
     rows = [(row.op, row.backend, row.reason) for row in served]
-    screen.put_table(f"{backend} on {device}", ("op", "served by", "why no other"), rows)
+    line = ", ".join(dict.fromkeys((*asked(backend, where), DEFINITION)))
+    title = f"{backend} on {device}: asked in order, {line}"
+    screen.put_table(title, ("op", "served by", "why no other"), rows)
 
 
 @app.command()
@@ -137,9 +141,7 @@ def conform(
     else:
         title = f"{backend} on {device}, seed {seed}, {torch.get_num_threads()} threads"
         screen.put_table(title, _COLUMNS[: 7 if best else 4], [_cells(v, best) for v in verdicts])
-        if best is not None:
-            print(_of_the_machine(best))
-        print(f"{len(verdicts) - len(failed)} of {len(verdicts)} cases passed")
+        print("\n".join(_summary(verdicts, best)))
         others = [f"{op} ({who})" for op, who in server.items() if who != backend]
         if others and backend != "auto":
             print(f"not served by {backend}: {', '.join(others)}")
@@ -195,8 +197,9 @@ _COLUMNS = ("op", "case", "result", "error", "GB/s", "Gop/s", "of the ceiling")
 
 
 def _cells(v: "Verdict", best: "Ceilings | None") -> tuple[str, ...]:
-    """A verdict for people."""
-    result = "ok" if v.passed else f"FAILED {v.reason or ''}".rstrip()
+    """A verdict for people. Of an exception the type; its text stands once, below the table."""
+    why = v.reason if v.exception is None else f"raised {v.exception.split(':')[0]}"
+    result = "ok" if v.passed else f"FAILED {why or ''}".rstrip()
     cells = (v.op, v.case, result, f"{v.error:.2g} of {v.tolerance:.2g}")
     if best is None:
         return cells
@@ -209,6 +212,15 @@ def _cells(v: "Verdict", best: "Ceilings | None") -> tuple[str, ...]:
         f"{v.gigaops_per_second:,.1f}",
         f"{100 * share[0]:.0f} % of {share[1]}",
     )
+
+
+def _summary(verdicts: "list[Verdict]", best: "Ceilings | None") -> list[str]:
+    """What stands below the table: every exception once, the machine's ceilings, the count."""
+    raised = Counter(v.exception for v in verdicts if v.exception)
+    lines = [f"{n} {'case' if n == 1 else 'cases'} raised {text}" for text, n in raised.items()]
+    if best is not None:
+        lines.append(_of_the_machine(best))
+    return [*lines, f"{sum(v.passed for v in verdicts)} of {len(verdicts)} cases passed"]
 
 
 def _facts(v: "Verdict", best: "Ceilings | None") -> dict[str, Any]:

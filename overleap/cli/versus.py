@@ -3,10 +3,13 @@
 Not here: the asking (eval/peers/versus.py), the command (bench.py).
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from overleap.cli import screen
 from overleap.machine import size
+
+if TYPE_CHECKING:
+    from overleap.kernels.conformance import Ceilings
 
 
 def compare(
@@ -40,13 +43,7 @@ def compare(
             patience=patience,
             told=screen.note,
         )
-    settings = settings | {"model": name, "rounds": rounds}
-    for kind, rate in (
-        ("read_bytes", limits.read),
-        ("bf16_op", limits.bf16),
-        ("int8_op", limits.int8),
-    ):
-        settings[f"ceiling_{kind}_per_s"] = None if rate is None else rate.per_s
+    settings = settings | {"model": name, "rounds": rounds} | ceiling_settings(limits)
     for program, fact in found.facts.items():
         settings[f"version_of_{program}"] = fact
     for program, difference in found.apart.items():
@@ -57,6 +54,20 @@ def compare(
     columns = ("program", "depth", "prefill", "x", "decode", "x", "8 at once", "peak")
     table = screen.Shown(title, columns, [_cells(row) for row in numbers])
     return table, numbers, settings, weights
+
+
+def ceiling_settings(limits: "Ceilings") -> dict[str, float | None]:
+    """What the machine can do at best, as a record's settings keep it."""
+    rates = {
+        "read_bytes": limits.read,
+        "f32_op": limits.f32,
+        "bf16_op": limits.bf16,
+        "int8_op": limits.int8,
+    }
+    return {
+        f"ceiling_{kind}_per_s": None if rate is None else rate.per_s
+        for kind, rate in rates.items()
+    }
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

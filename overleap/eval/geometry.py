@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,26 +20,41 @@ from overleap.cache.state import Cache, LayerCache
 from overleap.config import RATIO_OF_KIND, LayerKind, ModelConfig
 from overleap.devices import free_bytes, synchronise
 from overleap.errors import CapacityError
+from overleap.kernels.conformance import Ceilings, Verdict
+from overleap.kernels.cost import Cost, Unit, cost
 from overleap.kernels.spec import Ops, Pool, Spans
 from overleap.machine import size
 
 CPU = torch.device("cpu")
 BANK_ROWS = 4096  # different random rows; every pool is filled with draws from these
 FILL_ROWS = 1 << 16
+Call = tuple[str, tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
 class Part:
     """One op over all layers of a kind, in one decode step of one sequence.
 
-    step_s      of the repeats, the median time for all `layers` layers (or as `pick` says)
-    read_bytes  of cache rows that the step must read for it
+    step_s       of the repeats, the median time for all `layers` layers (or as `pick` says)
+    read_bytes   of cache rows that the step must read for it
+    moved_bytes  those, queries and results; operations of all layers, and their unit: kernels/cost
     """
 
     part: str
     layers: int
     step_s: float
     read_bytes: int
+    moved_bytes: int
+    operations: int
+    unit: Unit
+
+    def share(self, limits: Ceilings) -> tuple[float, str]:
+        """Of the machine's ceiling that binds, and its name, as `overleap conform` counts it."""
+        must = Cost(self.moved_bytes, self.operations, self.unit)
+        verdict = Verdict("", self.part, True, 0.0, 0.0, seconds=self.step_s, cost=must)
+        share = verdict.share(limits)
+        assert share is not None
+        return share
 
 
 @dataclass(frozen=True)
@@ -137,7 +153,8 @@ class _Step:
         }
         heads, width = config.num_attention_heads, config.head_dim
         device = bank.device
-        self.q = torch.randn(1, heads, width, generator=generator).to(device)
+        # As a released model has them: products in bf16 are what chips are made for.
+        self.q = torch.randn(1, heads, width, generator=generator).to(device, torch.bfloat16)
         self.sink, self.fresh = torch.zeros(heads, device=device), bank[:1]
         _, key = row_formats(config, CacheFormat.RELEASE)
         index = torch.randn(1, config.index_n_heads, key.width, generator=generator)
@@ -181,38 +198,43 @@ class _Step:
         read_bytes: int,
         repeats: int,
         pick: Callable[[list[float]], float],
-        call: Callable[[LayerCache], object],
+        call: Callable[[LayerCache], Call],
     ) -> Part:
-        times, device = [], self.fresh.device
+        """call  the op of a layer and its arguments"""
+        times, device, count = [], self.fresh.device, len(layers)
+        calls = [call(layer) for layer in layers]
+        op, first = calls[0]
+        run = getattr(self.ops, op)
         with torch.inference_mode():
-            call(layers[0])  # the first call allocates
+            run(*first)  # the first call allocates
             synchronise(device)
             for _ in range(repeats):
                 began = self.clock()
-                for layer in layers:
-                    call(layer)
+                for _, arguments in calls:
+                    run(*arguments)
                 synchronise(device)
                 times.append(self.clock() - began)
-        return Part(name, len(layers), pick(times), read_bytes * len(layers))
+        must = cost(op, first)  # of every layer the same
+        moved, operations = count * must.bytes, count * must.operations
+        return Part(name, count, pick(times), count * read_bytes, moved, operations, must.unit)
 
-    def _index(self, layer: LayerCache) -> Tensor:
-        assert layer.keys is not None
+    def _index(self, layer: LayerCache) -> Call:
         topk = self.config.index_topk
-        return self.ops.index_topk(self.index_q, self.index_weight, layer.keys, 4, self.spans, topk)
+        return "index_topk", (self.index_q, self.index_weight, layer.keys, 4, self.spans, topk)
 
-    def _gather(self, layer: LayerCache) -> object:
+    def _gather(self, layer: LayerCache) -> Call:
         return self._attend(layer, self.chosen, 4)
 
-    def _dense(self, layer: LayerCache) -> object:
+    def _dense(self, layer: LayerCache) -> Call:
         return self._attend(layer, None, 128)
 
-    def _window(self, layer: LayerCache) -> object:
+    def _window(self, layer: LayerCache) -> Call:
         return self._attend(layer, None, 0)
 
-    def _attend(self, layer: LayerCache, chosen: Tensor | None, ratio: int) -> object:
+    def _attend(self, layer: LayerCache, chosen: Tensor | None, ratio: int) -> Call:
         config = self.config
         scale, window = config.head_dim**-0.5, config.sliding_window
-        return self.ops.attend(
+        return "attend", (
             self.q,
             self.fresh,
             layer.ring,

@@ -2,9 +2,10 @@
 
 A backend is a folder beside this file, or another package's module named by the entry point group
 `overleap.kernels`; its function `ops(device)` returns the ops it has by name for a type of device,
-or raises BackendError. Which one a device prefers stands in the table of devices.py. `torch` is the
-definition and has every fine op on every torch device; coarse ops that a backend lacks are composed
-of the fine ones (composed.py). Read next: spec.py.
+or raises BackendError. `auto` asks what is made for the device in the table of devices.py, then
+other packages' by name, then `torch`: the definition, which has every fine op on every torch
+device; coarse ops that a backend lacks are composed of the fine ones (composed.py). So a package
+comes first on a device whose row is empty, elsewhere it serves what ours lacks. Read next: spec.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,7 +31,7 @@ LEFT = "whole matrix products alone, torch's are as fast"
 
 @dataclass(frozen=True)
 class Served:
-    """Which backend serves an op, and why not the one before it in line ("" where it does)."""
+    """Which backend serves an op, and why not those before it in line ("" for the first)."""
 
     op: str
     backend: str
@@ -68,47 +69,64 @@ def native(wanted: str = "auto", device: str = "cpu") -> bool:
 def recording(spans: Spans, ratios: tuple[int, ...], most_bytes: int) -> Any:
     """Records the native calls of a step of layers of these ratios; None without native code."""
     try:
-        module = import_module("overleap.kernels.cpu.tape")
-    except ImportError:
+        import_module("overleap.kernels.cpu._native")
+    except ImportError:  # `overleap kernels` says why
         return None
-    return module.Recording(spans, ratios, most_bytes)
+    return import_module("overleap.kernels.cpu.tape").Recording(spans, ratios, most_bytes)
 
 
-def preferred(device: str) -> tuple[str, ...]:
-    """What is made for this type of device; what it lacks, the definition serves."""
-    return tuple(dict.fromkeys(k.kernels for k in KINDS if k.type == device and k.kernels))
+def asked(wanted: str = "auto", device: str = "cpu") -> tuple[str, ...]:
+    """Backends in the order in which they are asked; what none has, the definition serves."""
+    if wanted != "auto":
+        return (wanted,)
+    made = [kind.kernels for kind in KINDS if kind.type == device and kind.kernels]
+    return tuple(dict.fromkeys(made + [name for name in backends() if name not in OWN]))
 
 
 def shortfall(device: str = "cpu") -> str | None:
-    """Why what is made for this type of device serves nothing, in one sentence; None if it does."""
+    """Why no backend in line for this type of device serves, in one sentence; None if one does."""
     rows = [row for row in table("auto", device) if row.op not in LEFT_TO_TORCH]
-    best = preferred(device)
-    if not best or any(row.backend in best for row in rows):
+    line = asked("auto", device)
+    if not line or any(row.backend in line for row in rows):
         return None
     return f"the torch backend serves every op: {rows[0].reason}"
 
 
 def _decide(wanted: str, device: str) -> tuple[dict[str, Any], list[Served]]:
-    line = preferred(device) if wanted == "auto" else (wanted,)
     found: dict[str, Any] = {}
-    why = dict.fromkeys(OP_NAMES, "")
+    why: dict[str, list[str]] = {op: [] for op in OP_NAMES}
     who = {op: COMPOSED if op in COARSE else DEFINITION for op in OP_NAMES}
-    for name in line:
-        try:
-            having = _ops_of(name, device)
-        except BackendError as error:
-            if wanted != "auto":
-                raise
-            why = {op: reason or f"{name}: {error.message}" for op, reason in why.items()}
-            continue
+    for name in asked(wanted, device):
+        having, error = _asked_for(name, device, wanted == "auto")
         for op in OP_NAMES:
-            if op not in found and op in having:
+            if op in having and op not in found:
                 found[op], who[op] = having[op], name
             elif op not in found:
-                why[op] = why[op] or (LEFT if op in LEFT_TO_TORCH else f"{name} has none")
+                left = op in LEFT_TO_TORCH and name in OWN
+                why[op].append(error or (LEFT if left else f"{name} has none"))
     for op, function in _ops_of(DEFINITION, device).items():
         found.setdefault(op, function)
-    return found, [Served(op, who[op], why[op]) for op in OP_NAMES]
+    return found, [Served(op, who[op], "; ".join(why[op])) for op in OP_NAMES]
+
+
+def _asked_for(
+    name: str, device: str, lenient: bool
+) -> tuple[Mapping[str, Callable[..., Any]], str]:
+    """What a backend has, or why it has nothing.
+
+    lenient  a refusal is a reason, and so is any error of another package: a broken one is shown
+             and takes no model with it. What is broken in our own raises all the same.
+    """
+    try:
+        return _ops_of(name, device), ""
+    except BackendError as error:
+        if not lenient:
+            raise
+        return {}, f"{name}: {error.message}"
+    except Exception as error:
+        if not lenient or name in OWN:
+            raise
+        return {}, f"{name}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _ops_of(name: str, device: str) -> Mapping[str, Callable[..., Any]]:

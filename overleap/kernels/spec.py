@@ -553,7 +553,9 @@ class Ops(Protocol):
     ) -> Tensor:
         """The chosen experts with their weights plus the shared ones with weight 1 -> [T, D].
 
-        Inputs are rounded where the experts are packed. The sum is rounded once.
+        Inputs are rounded where the experts are packed. A bf16 result is rounded once, or the
+        sums of chosen and of shared experts also before they are added (composed.py): the
+        tolerance covers both.
         """
         ...
 

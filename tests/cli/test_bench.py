@@ -116,11 +116,26 @@ def test_without_matplotlib_the_record_is_kept(
         (["--versus", "transformers", "--cache", "wide", "--to", 9], "--to, --cache would do"),
         (["--versus", "transformers", "--geometry", "v4-flash"], "--versus, MODEL would do"),
         (["--versus", "v3.2"], "MODEL would do nothing in --versus v3.2"),
+        (["--versus", "transformers"], "`random` is in memory only"),
     ],
 )
 def test_contradictions_are_refused(arguments: list[object], complaint: str) -> None:
     with pytest.raises(OverleapError, match=complaint):
         bench("random", *arguments)
+
+
+@pytest.mark.parametrize("patience", ["-1", "0", "nan", "inf"])
+def test_patience_is_a_number_above_0(patience: str) -> None:
+    with pytest.raises(RequestError, match=f"--patience is {float(patience)}") as caught:
+        bench("mini", "--versus", "transformers", f"--patience={patience}")
+    assert "above 0" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("threads", [1025, 40_000])
+def test_more_threads_than_a_system_has_room_for_are_refused(threads: int) -> None:
+    shown = bench("random", "--depth", 1, "--no-save", "--threads", threads)
+    assert shown.exit_code == 2
+    assert "'--threads': Input should be less than or equal to 1024" in shown.stderr
 
 
 @pytest.mark.parametrize("option", ["--depth", "--to", "--decode", "--chunk"])
@@ -186,6 +201,15 @@ def test_the_released_geometry(name: str, per_token: float, tmp_path: Path) -> N
     }[name]
     assert all(part["step_s"] > 0 for part in parts)
     assert parts[0]["read_bytes"] == parts[0]["layers"] * 256 * 68
+    assert [part["unit"] for part in parts] == ["int8"] + ["bf16"] * (len(parts) - 1)
+    limits = json.loads(shown.stdout)["settings"]
+    for part in parts:
+        assert part["moved_bytes"] > part["read_bytes"] and part["operations"] > 0
+        ops = limits[f"ceiling_{part['unit']}_op_per_s"] or limits["ceiling_f32_op_per_s"]
+        reading = part["moved_bytes"] / limits["ceiling_read_bytes_per_s"]
+        least_s = max(reading, part["operations"] / ops)
+        assert part["share"] == pytest.approx(least_s / part["step_s"])
+        assert (part["ceiling"] == "read") == (least_s == reading)
 
 
 def test_the_geometry_of_several_backends(tmp_path: Path, twin: str) -> None:

@@ -1,5 +1,6 @@
 """docs/guides/port-a-chip.md, followed to the letter: files and commands, in an empty folder."""
 
+import json
 import os
 import re
 import subprocess
@@ -82,6 +83,17 @@ def test_a_wrong_op_is_red(folder: Path) -> None:
     assert done.returncode == 1 and "FAILED" in done.stdout
 
 
+def test_an_exception_is_told_once_with_how_many_cases_raised_it(folder: Path) -> None:
+    kernels = folder / "mychip" / "kernels.py"
+    kernels.write_text("def hadamard(x):\n    raise ValueError('no queue: try later')\n", "utf-8")
+    done = run(folder, commands()[2])
+    assert done.returncode == 1 and done.stdout.count("FAILED raised ValueError") == 9
+    assert done.stdout.count("no queue") == 1
+    assert "\n9 cases raised ValueError: no queue: try later\n" in done.stdout
+    found = json.loads(run(folder, f"{commands()[2]} --json").stdout)["verdicts"]
+    assert [v["reason"] for v in found] == ["raised ValueError: no queue: try later"] * 9
+
+
 def test_another_device_is_refused_in_a_sentence(folder: Path) -> None:
     """Of a type that this machine need not have."""
     code = "from overleap.kernels import table; table('mychip', 'meta')"
@@ -92,6 +104,34 @@ def test_another_device_is_refused_in_a_sentence(folder: Path) -> None:
         text=True,
     )
     assert done.returncode != 0 and "mychip is no device of type meta" in done.stderr
+
+
+def test_a_model_runs_with_the_backend(folder: Path) -> None:
+    """The call of section 5, on the device that the page's chip pretends to be."""
+    (call,) = re.findall(r'`(overleap\.load\(path, device="npu", backend="mychip"\))`', GUIDE)
+    code = f"""
+import sys, overleap
+from overleap.engine.engine import Engine
+path = "mini"
+model = {call.replace("npu", "cpu")}
+request = overleap.Request(prompt=[7, 11], sampling=overleap.Sampling(max_tokens=2, stop_ids=()))
+print(len(Engine(model, memory_bytes=64 << 20).generate(request).tokens))
+print("mychip.kernels" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["2", "True"], done.stderr
+
+
+def test_auto_asks_the_backend_too(folder: Path) -> None:
+    done = run(folder, "overleap kernels")
+    assert done.returncode == 0, done.stderr
+    assert "auto on cpu: asked in order, cpu, mychip, torch" in done.stdout
 
 
 @pytest.mark.slow

@@ -5,15 +5,21 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from overleap import kernels
+from overleap.cache.layout import CacheFormat
+from overleap.checkpoint import load, locate
+from overleap.cli import app
 from overleap.errors import BackendError
+from overleap.eval.logits import all_logits
 from overleap.kernels import backends, native, select, shortfall, table
 from overleap.kernels.conformance import conform
-from overleap.kernels.spec import LEFT_TO_TORCH, OP_NAMES
+from overleap.kernels.spec import LEFT_TO_TORCH, OP_NAMES, Spans
 from overleap.kernels.torch.linear import hadamard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +27,8 @@ CHIP = '''
 """Kernels for a chip that is not in the house: one op of its own."""
 
 import torch
+
+from overleap.errors import BackendError
 
 
 def hadamard(x):
@@ -32,6 +40,10 @@ def hadamard(x):
 
 def ops(device):
     return {"hadamard": hadamard}
+
+
+def refusing(device):
+    raise BackendError(f"somechip is no device of type {device}")
 
 
 def too_many(device):
@@ -112,6 +124,66 @@ def test_an_import_error_inside_a_backend_is_shown(chip: str, tmp_path: Path) ->
         select(chip)
 
 
+def test_auto_asks_other_packages_after_what_is_made_for_the_device(
+    chip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device whose row is empty it comes first; elsewhere it serves what ours lacks."""
+    assert kernels.asked("auto", "npu") == (chip,)
+    assert kernels.asked("auto", "cpu") == ("cpu", chip)
+    assert kernels.asked("torch", "npu") == ("torch",)
+    empty = {row.op: row for row in table("auto", "npu")}
+    assert (empty["hadamard"].backend, empty["hadamard"].reason) == (chip, "")
+    assert (empty["attend"].backend, empty["attend"].reason) == ("torch", f"{chip} has none")
+    assert shortfall("npu") is None
+    monkeypatch.setattr(sys.modules["some_chip"], "ops", sys.modules["some_chip"].refusing)
+    assert shortfall("npu") == (
+        f"the torch backend serves every op: {chip}: somechip is no device of type npu"
+    )
+    if _built():
+        assert {row.backend for row in table("auto", "cpu")} == {"cpu", "torch"}
+
+
+def test_auto_serves_an_op_that_ours_lacks_by_another_package(
+    chip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not _built():
+        pytest.skip("the native kernels are not built")
+    select(chip)
+    mine = dict.fromkeys(("hadamard", "orthogonalise"), torch.clone)
+    monkeypatch.setattr(sys.modules["some_chip"], "ops", lambda device: mine)
+    served = {row.op: row.backend for row in table()}
+    assert (served["hadamard"], served["orthogonalise"]) == ("cpu", chip)
+
+
+def test_a_model_built_with_auto_runs_the_ops_of_another_package(
+    chip: str, unbuilt: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    select(chip)
+    module, calls = sys.modules["some_chip"], []
+
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return hadamard(x)
+
+    monkeypatch.setattr(module, "ops", lambda device: {"hadamard": counted})
+    all_logits(load(locate("mini")), list(range(9)), CacheFormat.RELEASE, 9)
+    assert calls
+
+
+def test_a_broken_package_is_shown_and_leaves_auto_the_rest(chip: str, tmp_path: Path) -> None:
+    (tmp_path / "some_chip.py").write_text("import no_such_driver\n")
+    said = f"{chip}: ModuleNotFoundError: No module named 'no_such_driver'"
+    assert {row.backend for row in table("auto", "npu")} == {"torch", kernels.COMPOSED}
+    assert {row.reason for row in table("auto", "npu")} == {said}
+    assert shortfall("npu") == f"the torch backend serves every op: {said}"
+    rows = table("auto", "cpu")
+    assert any(said in row.reason for row in rows)
+    assert {row.backend for row in rows} == ({"cpu", "torch"} if _built() else {"torch"})
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["kernels"], catch_exceptions=False)
+    assert f"auto on cpu: asked in order, cpu, {chip}, torch" in shown.stdout
+    assert "ModuleNotFoundError" in shown.stdout
+
+
 @pytest.fixture
 def unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the extension had not been built."""
@@ -134,6 +206,17 @@ def test_without_the_extension_torch_serves_and_says_why(unbuilt: None, seed: in
     assert "C++ compiler" in str(refused.value.hint)
 
 
+def test_only_missing_native_code_means_that_no_step_is_recorded(
+    unbuilt: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spans = Spans.of([(0, 1, 0, [0])], torch.device("cpu"))
+    assert kernels.recording(spans, (4,), 0) is None
+    monkeypatch.setitem(sys.modules, "overleap.kernels.cpu._native", ModuleType("_native"))
+    monkeypatch.setitem(sys.modules, "overleap.kernels.cpu.tape", None)
+    with pytest.raises(ImportError, match="tape"):
+        kernels.recording(spans, (4,), 0)
+
+
 def test_what_is_left_to_torch_says_why() -> None:
     served = {row.op: row for row in table("cpu")} if _built() else {}
     for op in served and LEFT_TO_TORCH:
@@ -152,16 +235,31 @@ def _built() -> bool:
     return True
 
 
-def test_an_install_without_a_compiler_says_so_in_one_sentence(tmp_path: Path) -> None:
-    """CMake as pip runs it, on a machine whose PATH has no compiler."""
+OLD = """#!/bin/sh
+exec {compiler} -U__GNUC__ -D__GNUC__=10 "$@"
+"""
+
+
+@pytest.mark.parametrize("compiler", ["none", "old"])
+def test_an_install_without_a_compiler_says_so_in_one_sentence(
+    compiler: str, tmp_path: Path
+) -> None:
+    """CMake as pip runs it, on a machine whose PATH has no compiler, or one that says it is old."""
     pytest.importorskip("cmake")
     tools = [
         shutil.which(name, path=str(Path(sys.executable).parent)) for name in ("cmake", "ninja")
     ]
     if None in tools:
         pytest.skip("cmake and ninja are not beside this Python")
-    empty = tmp_path / "bin"
-    empty.mkdir()
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    path = str(folder)
+    if compiler == "old":
+        if (real := shutil.which("g++")) is None:
+            pytest.skip("there is no g++ to pretend with")
+        (folder / "c++").write_text(OLD.format(compiler=real))
+        (folder / "c++").chmod(0o755)
+        path += os.pathsep + os.environ["PATH"]
     kept = {k: v for k, v in os.environ.items() if k not in ("CXX", "CC", "CXXFLAGS", "CFLAGS")}
     command = [
         *(str(tools[0]), "-S", str(ROOT), "-B", str(tmp_path / "build"), "-G", "Ninja"),
@@ -169,7 +267,7 @@ def test_an_install_without_a_compiler_says_so_in_one_sentence(tmp_path: Path) -
     ]
     done = subprocess.run(
         command,
-        env=kept | {"PATH": str(empty)},
+        env=kept | {"PATH": path},
         capture_output=True,
         text=True,
         timeout=120,
@@ -178,7 +276,7 @@ def test_an_install_without_a_compiler_says_so_in_one_sentence(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stderr.split())
     assert said.count("the torch backend will serve every op") == 1
-    assert "no C++ compiler" in said
+    assert ("no C++ compiler" if compiler == "none" else "the kernels need g++ 11, not 10.") in said
     build = subprocess.run([str(tools[1]), "-C", str(tmp_path / "build"), "-t", "targets", "all"],
                            capture_output=True, text=True, timeout=60, check=True)  # fmt: skip
     assert "_native" not in build.stdout

@@ -24,12 +24,13 @@ from overleap.engine.engine import Engine
 from overleap.engine.request import Request, Sampling
 from overleap.errors import BackendError, CapacityError, RequestError
 from overleap.kernels import select, table
-from overleap.kernels.conformance import conform
+from overleap.kernels.conformance import Ceilings, Rate, conform
 from overleap.kernels.spec import COARSE, OP_NAMES, Ops
 from tests import pretend
 from tests.checkpoints import random_tensors, tiny_config, write_checkpoint
 from tests.oracles import where
 from tests.oracles.running import build, draw_ids, feed, room, start
+from tests.oracles.steady import Steady
 
 if where.DEVICE.type != pretend.NAME:
     pytest.skip("not in a process with the pretend device", allow_module_level=True)
@@ -112,12 +113,18 @@ def with_host(backend: str, wanted: str, kind: str) -> Ops:
     return select(backend if kind == "cpu" else wanted, kind)
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+# Logits may be apart by a share of the largest: sums in another order. Packed linears round their
+# inputs, so that a value within an ulp of the middle between two codes may fall to either side, and
+# what follows in its text differs by a code: not under Steady, not with plain weights.
+HOSTS = {("torch", "release"): 1e-4, ("cpu", "f32"): 1e-4, ("cpu", "release"): 0.3}
+
+
+@pytest.mark.parametrize(("backend", "form"), HOSTS)
 def test_experts_stay_on_the_host_where_the_device_is_small(
-    backend: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backend: str, form: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All else on the device; logits as of the model that is on the host throughout."""
-    config = tiny_config(seed, "release")
+    config = tiny_config(seed, form)
     folder = write_checkpoint(tmp_path / "model", config, random_tensors(config, seed))
     checkpoint = Checkpoint(folder)
     sizes = tensor_bytes(checkpoint, torch.float32, False)
@@ -141,16 +148,15 @@ def test_experts_stay_on_the_host_where_the_device_is_small(
     for _ in range(15):
         ids = draw_ids(config, 12, generator)
         cache = room(config, 12, CacheFormat.WIDE, slots=1)
-        with torch.no_grad():
+        with torch.no_grad(), Steady():
             ours = feed(model, cache, start(cache, 12), ids, 5)
             cache = Cache(config, pages=1, slots=1, format=CacheFormat.WIDE)
             theirs = feed(host, cache, start(cache, 12), ids, 5)
         found.append((ours.cpu() - theirs).abs().amax(1) / theirs.abs().max())
-    # A value within an ulp of the middle between two codes falls to either side now and then, and
-    # what follows in its text differs by a code; most texts of a few tokens meet none.
     by_position = torch.cat(found)
     print(f"median {by_position.median():.1e}, largest {by_position.max():.1e}")
-    assert by_position.median() <= 1e-4 and by_position.max() <= 0.3
+    assert by_position.max() <= HOSTS[backend, form]
+    assert by_position.median() <= 1e-4, "most texts of a few tokens meet no such value"
     free[0] = 10**12
     model = load(folder, device=pretend.NAME, dtype=torch.float32)
     assert {p.device.type for p in model.parameters()} == {pretend.NAME}
@@ -190,12 +196,16 @@ def test_a_command_leaves_experts_on_the_host_where_memory_is_scarce(seed: int) 
     parts, said = told(*asked, str(least + routed // 2))
     assert re.search(r"; on the host [\d.]+ MiB for [\d.]+ MiB of experts", said)
     assert parts["usage"]["generated_tokens"] == whole["usage"]["generated_tokens"] == 5
+    assert parts["text"] == whole["text"] != ""
     refused = CliRunner().invoke(app, [*asked, str(least // 2), "--device", pretend.NAME])
     assert isinstance(refused.exception, CapacityError)
     assert "on pretend" in refused.exception.message
 
 
-def test_speed_is_measured_on_it(tmp_path: Path) -> None:
+def test_speed_is_measured_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rate = Rate(1e10, "")  # a real device multiplies 8,192 x 8,192 in no time
+    light = Ceilings(pretend.NAME, 1, rate, rate, None, None)
+    monkeypatch.setattr("overleap.kernels.conformance.ceilings.ceilings", lambda device: light)
     short = ("--threads", "1", "--results", str(tmp_path))
     record, _ = told("bench", "random", "--depth", "300", "--decode", "2", *short)
     assert record["settings"]["device"] == pretend.NAME

@@ -116,7 +116,7 @@ def _is_clear(share: Tensor, choice: Choice) -> bool:
 
 def _kept(logits_V: Tensor, choice: Choice, allowed_B: Tensor | None) -> tuple[Tensor, Tensor]:
     """Ids, likeliest first, and their shares, of what top_k leaves."""
-    exact = logits_V.double().cpu()
+    exact = logits_V.cpu().double()
     if allowed_B is not None:
         packed = allowed_B.cpu().long()
         token = torch.arange(len(exact))
@@ -168,7 +168,7 @@ def _right_tokens(
 def _row(
     ids: Tensor, logprob: Tensor, logits_V: Tensor, choice: Choice, mask: Tensor | None, row: int
 ) -> Finding:
-    exact = logits_V.double().cpu()
+    exact = logits_V.cpu().double()
     sound = not bool((exact.isnan() | (exact == torch.inf)).any())
     kept, share = _kept(logits_V, Choice(1.0) if choice.temperature == 0 else choice, mask)
     if not sound or not len(kept):
@@ -225,7 +225,7 @@ def orthogonalise(draw: Draw, timed: bool) -> Iterator[Case]:
             yield Case("orthogonalise", name, (matrix,), check, dtype, moved=moved)
     for shape in ((3, 5), (0, 8), (2, 0, 7)):
         zeros = torch.zeros(shape, device=draw.device)
-        check = _near(zeros.double().cpu())
+        check = _near(zeros.cpu().double())
         yield Case("orthogonalise", f"{list(shape)} of zeros", (zeros,), check)
 
 
@@ -236,7 +236,7 @@ def _near(want: Tensor) -> Check:
         if bad := misshapen(got, tuple(want.shape), torch.float32):
             return bad
         assert isinstance(got, Tensor)
-        off = torch.linalg.vector_norm(got.double().cpu() - want)
+        off = torch.linalg.vector_norm(got.cpu().double() - want)
         if off.isnan():
             return wrong("values are NaN")
         return Finding(float(off / torch.linalg.vector_norm(want).clamp(min=1e-30)))

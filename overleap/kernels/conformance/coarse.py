@@ -274,7 +274,7 @@ def hc_pre_norm(draw: Draw, timed: bool) -> Iterator[Case]:
         mean = (y.want**2).mean(-1, keepdim=True) + EPS
         # An error of y counts itself, and through the root of the mean of squares.
         through = (y.want.abs() * y.size).mean(-1, keepdim=True) / mean
-        size = norm.double().cpu().abs() * (y.size + y.want.abs() * through) / mean.sqrt()
+        size = norm.cpu().double().abs() * (y.size + y.want.abs() * through) / mean.sqrt()
         times = RULES["hc_pre"].bfloat16 / RULES["hc_pre"].float32
         strict = times if case.dtype is torch.bfloat16 else 1.0
         gates = [close(gate, torch.float32, strict) for gate in (post, comb)]

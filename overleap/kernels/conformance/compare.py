@@ -83,7 +83,7 @@ def close(exact: Exact, dtype: torch.dtype, times: float = 1.0) -> Check:
     def check(got: Any) -> Finding:
         if bad := misshapen(got, tuple(exact.want.shape), dtype):
             return bad
-        off = (got.double().cpu() - exact.want).abs()
+        off = (got.cpu().double() - exact.want).abs()
         if exact.slack is not None:
             off = (off - exact.slack).clamp(min=0)
         relative = torch.where(off == 0, 0.0, off / exact.size)
@@ -167,8 +167,8 @@ def right_experts(
 ) -> Check:
     """ids i64 [T, k] and weights f32 [T, k]; `representable` as for best_entries."""
     exact = affinity(x, weight)
-    rank = exact.want if bias is None else exact.want + bias.double().cpu()
-    size = exact.size if bias is None else exact.size + bias.double().cpu().abs()
+    rank = exact.want if bias is None else exact.want + bias.cpu().double()
+    size = exact.size if bias is None else exact.size + bias.cpu().double().abs()
     best = torch.sort(rank, dim=-1, descending=True, stable=True).indices[:, :k]
 
     def check(got: Any) -> Finding:

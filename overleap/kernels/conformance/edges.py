@@ -48,7 +48,7 @@ def matmul(draw: Draw, timed: bool) -> Iterator[Case]:
                 args = (x.to(dtype), weight, rounds)
                 want = exact.matmul(*args)
                 tiny = exact.weight_values(weight).abs() < NORMAL
-                lost = x.double().cpu() @ (tiny * exact.weight_values(weight).abs()).T
+                lost = x.cpu().double() @ (tiny * exact.weight_values(weight).abs()).T
                 check = _close_or_nan(Exact(want.want, want.size, lost), dtype)
                 scales = "every scale" if x is every else f"{len(x)} inputs alone"
                 name = f"{form} every code, {scales}{' rounded' * rounds}"

@@ -75,7 +75,7 @@ def round_fp8(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 def row_bytes(x: Tensor, row: RowFormat) -> Tensor:
     """Values [..., width] as stored rows: u8 bytes, or f32 for `wide`."""
-    x = x.double().cpu()
+    x = x.cpu().double()
     if row.kind == "wide":
         return x.float()
     if row.kind == "key":
@@ -140,7 +140,7 @@ def _scales(codes: Tensor, group: int, width: int) -> Tensor:
 
 def matmul(x: Tensor, weight: Weight, round_input: bool) -> Exact:
     """x W^T, after x in e4m3 groups of 128 where asked."""
-    x, w = x.double().cpu(), weight_values(weight)
+    x, w = x.cpu().double(), weight_values(weight)
     if round_input:
         x, _ = round_fp8(x, 128)
     return Exact(x @ w.T, x.abs() @ w.abs().T)
@@ -148,7 +148,7 @@ def matmul(x: Tensor, weight: Weight, round_input: bool) -> Exact:
 
 def grouped_matmul(x_TGI: Tensor, weight: Weight) -> Exact:
     """y[t, g, n] = sum over i of x[t, g, i] w[g, n, i]."""
-    x = x_TGI.double().cpu()
+    x = x_TGI.cpu().double()
     w = weight_values(weight).unflatten(0, (x.shape[1], -1))
     rule = "tgi,gni->tgn"
     return Exact(torch.einsum(rule, x, w), torch.einsum(rule, x.abs(), w.abs()))
@@ -156,10 +156,10 @@ def grouped_matmul(x_TGI: Tensor, weight: Weight) -> Exact:
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Exact:
     """x / sqrt(mean(x^2) + eps) * weight."""
-    x = x.double().cpu()
+    x = x.cpu().double()
     out = x / ((x**2).mean(-1, keepdim=True) + eps).sqrt()
     if weight is not None:
-        out = out * weight.double().cpu()
+        out = out * weight.cpu().double()
     return Exact(out, out.abs())
 
 
@@ -169,7 +169,7 @@ def rotate(x: Tensor, position: Tensor, frequency: Tensor, inverse: bool) -> Exa
     The angle is the product rounded to f32, as the released code has it: at a million tokens this
     is no rounding error but part of the definition.
     """
-    x = x.double().cpu()
+    x = x.cpu().double()
     angle = (position.float().cpu()[:, None] * frequency.cpu()).double()
     angle = -angle if inverse else angle
     if x.dim() == 3:
@@ -191,7 +191,7 @@ def norm_rope(
 
 def hadamard(x: Tensor) -> Exact:
     """x times the Sylvester matrix H[i, j] = (-1)^popcount(i & j), over sqrt(width)."""
-    x, width = x.double().cpu(), x.shape[-1]
+    x, width = x.cpu().double(), x.shape[-1]
     sign = [[-1.0 if (i & j).bit_count() % 2 else 1.0 for j in range(width)] for i in range(width)]
     out = x @ torch.tensor(sign, dtype=torch.float64) / width**0.5
     return Exact(out, (x.abs().sum(-1, keepdim=True) / width**0.5).expand_as(out))
@@ -228,7 +228,7 @@ def page_write(pool: Pool, rows_E: Tensor, ratio: int, spans: Spans) -> Tensor:
 
 def compress(rows_T2W: Tensor, tail: Tensor, ape: Tensor, ratio: int, spans: Spans) -> Exact:
     """Softmax-weighted sums over blocks; with ratio 4, over the block before as well."""
-    rows, tail, ape = rows_T2W.double().cpu(), tail.double().cpu(), ape.double().cpu()
+    rows, tail, ape = rows_T2W.cpu().double(), tail.cpu().double(), ape.cpu().double()
     width = ape.shape[1] // 2 if ratio == 4 else ape.shape[1]
     want, size = [], []
     for t, b, position in tokens(spans):
@@ -266,7 +266,7 @@ def index_scores(
     q_TI: Tensor, weight_TI: Tensor, keys: Pool, ratio: int, spans: Spans
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Per token: scores f64 of its visible entries (report eq. 16), and the size of each."""
-    query, weight = row_values(q_TI, keys.format), weight_TI.double().cpu()
+    query, weight = row_values(q_TI, keys.format), weight_TI.cpu().double()
     stored, scores, sizes = entry_values(keys, ratio, spans), [], []
     for t, b, position in tokens(spans):
         key = stored[b][: (position + 1) // ratio]
@@ -288,7 +288,7 @@ def attend(
     spans: Spans,
 ) -> tuple[Exact, Exact]:
     """One softmax for each token over the rows it sees and the sink (eq. 27)."""
-    q, sink = q_THK.double().cpu(), sink_H.double().cpu()
+    q, sink = q_THK.cpu().double(), sink_H.cpu().double()
     fresh, old = row_values(fresh_T, ring.format), row_values(ring.rows, ring.format)
     stored = entry_values(entries, ratio, spans) if entries is not None else []
     parts = []
@@ -340,7 +340,7 @@ def experts(
     """Sum over the chosen experts. `doubt`: relative error allowed before the inner rounding."""
     want = torch.zeros(x_TD.shape, dtype=torch.float64)
     size, slack = torch.zeros_like(want), torch.zeros_like(want)
-    ids, weight = ids_TX.cpu(), weight_TX.double().cpu()
+    ids, weight = ids_TX.cpu(), weight_TX.cpu().double()
     for e in range(len(experts.w1)):
         t, x = (ids == e).nonzero(as_tuple=True)
         if not t.numel():
@@ -379,12 +379,12 @@ def hc_pre(
     norm_eps: float,
 ) -> tuple[Exact, Exact, Exact]:
     """Gates and the doubly stochastic mix of every token (eqs 3-8, epsilons as released)."""
-    x, m = x_TMD.double().cpu(), x_TMD.shape[1]
+    x, m = x_TMD.cpu().double(), x_TMD.shape[1]
     flat = rms_norm(x.flatten(1), None, norm_eps)
-    alpha = scale.double().cpu()[torch.tensor([0] * m + [1] * m + [2] * m * m)]
+    alpha = scale.cpu().double()[torch.tensor([0] * m + [1] * m + [2] * m * m)]
     product = matmul(flat.want, Weight(fn), False)
-    logits = product.want * alpha + base.double().cpu()
-    doubt = 1 + (product.size * alpha.abs() + base.double().cpu().abs()).amax(-1)[:, None]
+    logits = product.want * alpha + base.cpu().double()
+    doubt = 1 + (product.size * alpha.abs() + base.cpu().double().abs()).amax(-1)[:, None]
     pre = torch.sigmoid(logits[:, :m]) + eps
     post = 2 * torch.sigmoid(logits[:, m : 2 * m])
     comb = logits[:, 2 * m :].unflatten(1, (m, m)).softmax(-1) + eps
@@ -403,11 +403,11 @@ def hc_head(
     x_TMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float
 ) -> Exact:
     """Sum over streams of (sigmoid(norm(x) fn * scale + base) + eps) x."""
-    x = x_TMD.double().cpu()
+    x = x_TMD.cpu().double()
     flat = rms_norm(x.flatten(1), None, norm_eps)
-    product, alpha = matmul(flat.want, Weight(fn), False), scale.double().cpu()
-    logits = product.want * alpha + base.double().cpu()
-    doubt = 1 + (product.size * alpha.abs() + base.double().cpu().abs()).amax(-1)[:, None]
+    product, alpha = matmul(flat.want, Weight(fn), False), scale.cpu().double()
+    logits = product.want * alpha + base.cpu().double()
+    doubt = 1 + (product.size * alpha.abs() + base.cpu().double().abs()).amax(-1)[:, None]
     gate = torch.sigmoid(logits) + eps
     return Exact(
         torch.einsum("tm,tmd->td", gate, x), torch.einsum("tm,tmd->td", gate, x.abs()) * doubt
@@ -416,7 +416,7 @@ def hc_head(
 
 def hc_post(y_TD: Tensor, x_TMD: Tensor, post_TM: Tensor, comb_TMM: Tensor) -> Exact:
     """x_new[t, k] = post[t, k] y[t] + sum over j of comb[t, j, k] x[t, j]."""
-    y, x, post, comb = (a.double().cpu() for a in (y_TD, x_TMD, post_TM, comb_TMM))
+    y, x, post, comb = (a.cpu().double() for a in (y_TD, x_TMD, post_TM, comb_TMM))
     rule = "tjk,tjd->tkd"
     want = post[..., None] * y[:, None] + torch.einsum(rule, comb, x)
     size = (post[..., None] * y[:, None]).abs() + torch.einsum(rule, comb.abs(), x.abs())

@@ -8,13 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from overleap.devices import has_float64
 from overleap.kernels.spec import Choice
 
 
 def sample(
     logits_YV: Tensor, choices: Sequence[Choice], allowed_YB: Tensor | None, best: int | None
 ) -> tuple[Tensor, Tensor]:
-    """See spec.Ops.sample."""
+    """See spec.Ops.sample. Of a device without float64 the host draws, and keeps the f64 result."""
+    if not has_float64(logits_YV.device):
+        allowed_YB = None if allowed_YB is None else allowed_YB.cpu()
+        ids, logprob = sample(logits_YV.cpu(), choices, allowed_YB, best)
+        return ids.to(logits_YV.device), logprob
     rows, vocabulary = logits_YV.shape
     assert len(choices) == rows
     device, width = logits_YV.device, 0 if best is None else 1 + best
