@@ -69,8 +69,10 @@ format: $(STAMP) ## let ruff rewrite what it can
 docs: $(STAMP) ## write docs/reference from the code
 	$(BIN)/python docs/generate.py
 
-bench: $(STAMP) ## measure speed and memory on this machine
+bench: $(STAMP) ## measure speed and memory on this machine, and beside transformers
 	@$(BIN)/overleap bench
+	@$(BIN)/overleap bench bench-122m-release --backend auto --backend torch --versus transformers \
+	  --depth 8192 --rounds 1
 
 clean: ## remove caches and build output, keep .venv
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
