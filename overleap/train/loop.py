@@ -178,6 +178,7 @@ def begin(recipe: Recipe, folder: Path) -> None:
         settings.write_text(json.dumps({PROFILE_KEY: _profile(recipe).name}) + "\n", "utf-8")
     if recipe.text and not (folder / "tokens" / "held_out" / "shard.json").exists():
         build(documents(recipe.text), Tokenizer.from_file(tokenizer), folder / "tokens")
+    kept.tidy(folder)  # before any rank saves
     kept.cut_log(folder, kept.newest(folder) or 0)
 
 
@@ -270,8 +271,6 @@ class Trainer:
             muon=recipe.muon,
         )
         self.board = None if self.rank else kept.board(folder)
-        if not self.rank:
-            kept.tidy(folder)
         self.step = self.skipped = self.rollbacks = 0
         self.losses: list[float] = []
         if newest is not None:

@@ -385,8 +385,11 @@ def test_what_a_killed_run_left_is_cleared_away(seed: int, tmp_path: Path, begun
         (home / name).write_bytes(b"x")
     with (tmp_path / "run" / "log.jsonl").open("a") as log:
         log.write('{"step": 2, "lo')
-    assert Trainer(recipe, tmp_path / "run").step == 2
+    begin(recipe, tmp_path / "run")
     assert not any((home / name).exists() for name in left)
+    (home / left[1]).write_bytes(b"x")
+    assert Trainer(recipe, tmp_path / "run").step == 2
+    assert (home / left[1]).exists()  # of another rank, which is saving already
     assert kept.steps(tmp_path / "run") == [0, 2]
     assert kept.draw_losses(tmp_path / "run") is not None
 
