@@ -8,6 +8,7 @@ tests/train/test_ops.py holds it against kernels/torch. Read next: attend.py, lo
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from overleap.train.spread import Spread
 ROPE_FREE_GROUP = 64
 INPUT_GROUP = 128
 EXPERT_ROWS = 128
+# Torch 2.13 does. Before it, a compiled run that was resumed may differ from an unbroken one.
+MARKS_AXES = "shape_id" in signature(mark_unbacked).parameters
 LIKELY_TOKENS = 8192  # of one pass; compiled loops are divided among threads as if it were so many
 
 
@@ -290,7 +293,7 @@ class TrainingOps(Composed):
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled for the widths it meets, and once for all numbers of tokens: see _any."""
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False if MARKS_AXES else None)
 
 
 def _any(x: Tensor, axis: int = 0) -> Tensor:
@@ -299,7 +302,8 @@ def _any(x: Tensor, axis: int = 0) -> Tensor:
     Else it takes the first number that it meets for a constant and a second one for a variable,
     with sums in another order: a run that goes on would meet them otherwise and get other bits.
     """
-    mark_unbacked(x, axis, hint_override=LIKELY_TOKENS, shape_id="tokens")
+    if MARKS_AXES:
+        mark_unbacked(x, axis, hint_override=LIKELY_TOKENS, shape_id="tokens")
     return x
 
 
