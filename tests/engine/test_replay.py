@@ -157,9 +157,11 @@ def test_records_take_little_memory(seed: int, monkeypatch: pytest.MonkeyPatch) 
     model = make(seed)
     monkeypatch.setattr(replay, "MOST_BYTES", 2**20)
     cache = made(model, CacheFormat.RELEASE)
+    held = []
     for _ in drive(model, cache, seed):
-        held = sum(played.recording.nbytes for played in of(cache).kept.values())
-        assert held <= 2**20
+        if cache in replay._REPLAYS:  # not before the first small step
+            held.append(sum(played.recording.nbytes for played in of(cache).kept.values()))
+    assert 0 < max(held) <= 2**20
 
 
 @needs_native
