@@ -55,8 +55,10 @@ def served(*options: str) -> Iterator[Served]:
         process = subprocess.Popen(
             command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
         )
+        assert process.stderr is not None
+        # A pipe that nobody reads is full after some hundred requests.
+        reading = threading.Thread(target=process.stderr.read, daemon=True)
         try:
-            assert process.stderr is not None
             port = 0
             for line in process.stderr:
                 found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
@@ -64,8 +66,7 @@ def served(*options: str) -> Iterator[Served]:
                     port = int(found[1])
                     break
             assert port, "the server did not start"
-            # A pipe that nobody reads is full after some hundred requests.
-            threading.Thread(target=process.stderr.read, daemon=True).start()
+            reading.start()
             _wait_ready(port)
             yield Served(process, port)
         finally:
@@ -76,6 +77,9 @@ def served(*options: str) -> Iterator[Served]:
                 except subprocess.TimeoutExpired:
                     process.kill()
             process.wait()
+            if reading.is_alive():
+                reading.join()
+            process.stderr.close()
 
 
 def _wait_ready(port: int) -> None:

@@ -281,8 +281,10 @@ def test_clients_that_leave_at_any_time_leave_nothing_behind(server: Live, seed:
         for _ in range(25):
             await asyncio.gather(*(leave() for _ in range(8)))
 
+    before = len(asyncio.all_tasks(server.loop))
     asyncio.run(many())
     service = server.service
+    until(lambda: len(asyncio.all_tasks(server.loop)) <= before, "a task is still there")
     until(lambda: not service.everyone.running and not service.bridge.running, "one is still there")
     assert service.bridge.waiting == 0
     standing = service.reports.standing(service.auth.identify(key))
