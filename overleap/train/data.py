@@ -4,22 +4,20 @@ Everything follows from the recipe's seed and from the number of the row, so tha
 the middle of anything without keeping more than its step. Read next: shards.py, eval/tasks.py.
 """
 
-import json
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from overleap.chat.dialects import render_chat
 from overleap.chat.profiles import Profile
 from overleap.chat.tokenizer import ASSISTANT, END_THINK, USER, Tokenizer
-from overleap.errors import DialectError, TrainingError
+from overleap.errors import TrainingError
 from overleap.eval.needle import ATTRIBUTES, ENTITIES, VALUES
 from overleap.eval.tasks import Kind, Task, draw_tasks
+from overleap.train.conversations import conversations, spoken
 from overleap.train.shards import BOS_ID, EOS_ID, PAD_ID, PAGE, Shard
 
 TRIES = 8  # passages that come out too long, before a row is given up
@@ -209,19 +207,19 @@ class Rows:
 
     def _chat(self, source: Chat, number: int, length: int, seed: str) -> Row:
         """Conversations in whole pages; an epoch's rows hold each of them once."""
-        talks, rows = _conversations(source.path), self._packing(source.path, length, seed)
+        talks, rows = conversations(source.path), self._packing(source.path, length, seed)
         epoch, place = divmod(number, len(rows))
         ids: list[int] = []
         learn: list[bool] = []
         counts: list[int] = []
         for pick in rows[int(_order(f"{seed}/{length}/{epoch}", len(rows))[place])]:
-            spoken, wanted = self.spoken(talks[pick][1])
-            if len(spoken) > length:  # what follows the cut is not known
-                spoken, wanted = spoken[:length], [*wanted[: length - 1], False]
-            short = -len(spoken) % PAGE
-            ids += spoken + [PAD_ID] * short
+            said, wanted = spoken(talks[pick][1], self.tokenizer, self.profile)
+            if len(said) > length:  # what follows the cut is not known
+                said, wanted = said[:length], [*wanted[: length - 1], False]
+            short = -len(said) % PAGE
+            ids += said + [PAD_ID] * short
             learn += wanted + [False] * short
-            counts.append(len(spoken) + short)
+            counts.append(len(said) + short)
         if short := length - len(ids):
             counts.append(short)
             learn += [False] * short
@@ -235,7 +233,7 @@ class Rows:
         """
         if (path, length, seed) not in self._packings:
             sizes = self._measured(path)
-            for (line, _), (_, before) in zip(_conversations(path), sizes, strict=True):
+            for (line, _), (_, before) in zip(conversations(path), sizes, strict=True):
                 if before >= length:
                     cut = sum(size > length for size, _ in sizes)
                     raise TrainingError(
@@ -261,41 +259,14 @@ class Rows:
         """
         if path not in self._sizes:
             sizes = []
-            for line, talk in _conversations(path):
+            for line, talk in conversations(path):
                 try:
-                    ids, learn = self.spoken(talk)
+                    ids, learn = spoken(talk, self.tokenizer, self.profile)
                 except TrainingError as error:
                     raise TrainingError(f"{path} line {line}: {error.message}") from None
                 sizes.append((len(ids), learn.index(True) + 1))
             self._sizes[path] = sizes
         return self._sizes[path]
-
-    def spoken(self, talk: dict[str, Any]) -> tuple[list[int], list[bool]]:
-        """A finished conversation as ids, and where the next token is the assistant's.
-
-        Written with thinking where a message has reasoning_content, else without.
-        """
-        try:
-            prompt = render_chat(
-                talk["messages"],
-                profile=self.profile,
-                thinking=any(m.get("reasoning_content") for m in talk["messages"]),
-                tools=talk.get("tools", ()),
-                transcript=True,
-            )
-        except DialectError as error:
-            raise TrainingError(f"a conversation cannot be written: {error.message}") from None
-        ids = self.tokenizer.encode_prompt(prompt)
-        learn = [False] * len(ids)
-        speaking = False
-        for i, token in enumerate(ids):
-            # The first token after <Assistant> opens or closes thinking: the prompt's, not said.
-            if i and ids[i - 1] == self._assistant:
-                speaking = True
-            elif token == EOS_ID:
-                speaking = False
-            learn[i] = speaking
-        return ids, learn
 
 
 def _turn(mixture: tuple[Source, ...], number: int) -> tuple[Source, int]:
@@ -326,30 +297,6 @@ def _schedule(shares: tuple[float, ...]) -> tuple[int, ...]:
 @lru_cache(maxsize=16)
 def _order(seed: str, count: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
     return np.random.default_rng(list(seed.encode())).permutation(count)
-
-
-@lru_cache(maxsize=4)
-def _conversations(path: str) -> list[tuple[int, dict[str, Any]]]:
-    """Conversations and the lines that they stand in."""
-    talks = []
-    try:
-        lines = Path(path).read_text("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrainingError(f"{path} cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            talk = json.loads(line) if line.strip() else None
-        except json.JSONDecodeError as error:
-            raise TrainingError(f"{path} line {number} is not JSON: {error}") from None
-        if talk is None:
-            continue
-        messages = talk.get("messages") if isinstance(talk, dict) else None
-        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-            raise TrainingError(f"{path} line {number} has no list `messages` of objects")
-        talks.append((number, talk))
-    if not talks:
-        raise TrainingError(f"{path} holds no conversation")
-    return talks
 
 
 def _learnable(ids: list[int], counts: Iterable[int]) -> list[bool]:

@@ -86,9 +86,9 @@ def examples() -> Recipe:
     return Recipe(
         config=mini_config().with_(vocab_size=4096, n_routed_experts=8),
         stages=(
-            Stage(90, 512, 16, (early,), language=0.2),
-            Stage(90, 512, 16, (Tasks(1.0, "fact", 12, 12),), language=0.2, rate=0.5),
-            Stage(20, 1024, 8, (later,), language=0.2, sparse=True, rounding=True, rate=0.5),
+            Stage(150, 512, 8, (early,), language=0.2),
+            Stage(190, 512, 8, (Tasks(1.0, "fact", 12, 12),), language=0.2, rate=0.5),
+            Stage(30, 1024, 4, (later,), language=0.2, sparse=True, rounding=True, rate=0.5),
         ),
         seed=1,
         text=(sysconfig.get_paths()["stdlib"],),

@@ -12,6 +12,7 @@ from overleap.chat.profiles import profile_named
 from overleap.chat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from overleap.errors import TrainingError
 from overleap.eval.needle import stdlib_sources
+from overleap.train.conversations import spoken
 from overleap.train.data import Chat, Row, Rows, Source, Tasks, Text, fact_words
 from overleap.train.kept import sample
 from overleap.train.shards import EOS_ID, PAD_ID, Shard, build, train_tokenizer
@@ -233,7 +234,7 @@ def test_a_conversation_of_which_nothing_is_learned_is_refused(
     path, rows = tmp_path / "chat.jsonl", rows_of(tokenizer, None, seed)
     lines = [talk_of("a", 5, 5), "", talk_of("b", 5, 900), talk_of("c", 300, 5)]
     path.write_text("\n".join(lines))
-    ids, learn = rows.spoken(json.loads(lines[3]))
+    ids, learn = spoken(json.loads(lines[3]), tokenizer, rows.profile)
     before = learn.index(True) + 1
     assert 512 < before < len(ids)
     sentence = f"line 4 has {before} tokens before the assistant speaks, a row takes 512"
