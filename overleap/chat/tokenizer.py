@@ -18,6 +18,7 @@ from overleap.errors import CheckpointError, DialectError, RequestError
 
 PIECE, NEAR = 2**15, 64  # characters: encoded at a time, looked at around a cut
 BATCH = 2  # pieces that the library may encode side by side
+LONGEST = 2**21  # characters that it may have to take in one piece, at some 450 bytes for each
 # A letter or digit before what no tokenizer of this family takes together with it, whatever stands
 # before them: a blank or punctuation, and not an accent.
 _WORD_END = re.compile(r"[^\W_](?=[\0-\x7f\u3000-\u3003\uff00-\uff0f])(?!\w)")
@@ -195,9 +196,17 @@ class Tokenizer:
             end = found.end()
             left, right = text[end - NEAR : end], text[end : end + NEAR]
             if self._split_up(left) + self._split_up(right) == self._split_up(left + right):
-                return end
+                break
             end, ahead = end + ahead, 2 * ahead
-        return len(text)
+        else:
+            end = len(text)
+        if end - start > LONGEST:
+            raise RequestError(
+                f"the text has {end - start:,} characters in which no word ends, "
+                f"{LONGEST:,} are the most",
+                "is it binary or encoded data? break it into lines, or leave it out",
+            )
+        return end
 
     def _split_up(self, text: str) -> list[str]:
         """What the library looks for tokens in, one after the other."""

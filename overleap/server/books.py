@@ -154,11 +154,12 @@ class Books:
     def recover(self) -> int:
         """Refund what dead owners left open. Returns how many entries that were."""
         self._looked = time.monotonic()
-        connection = self._connected()
-        with connection.begin():
-            others = connection.scalars(sa.select(owners.c.id).where(owners.c.id != self._owner))
-            found = others.all()
+        found = self._run(self._others)
         return sum(self._run(partial(self._bury, owner=owner)) for owner in found)
+
+    def _others(self, connection: Connection) -> list[int]:
+        others = connection.scalars(sa.select(owners.c.id).where(owners.c.id != self._owner))
+        return list(others.all())
 
     # Connections and owners.
 
@@ -181,6 +182,9 @@ class Books:
 
     def _connected(self) -> Connection:
         """The connection; a new one makes us a new owner, who takes over what we had open."""
+        if self._connection is not None and self._connection.invalidated:
+            # It would silently connect anew, without the lock that shows that we live.
+            self._disconnect()
         if self._connection is None:
             connection = self._database.engine.connect()
             try:

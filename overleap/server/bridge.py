@@ -31,7 +31,7 @@ from overleap.engine.request import (
     Usage,
 )
 from overleap.errors import BackendError, RequestError
-from overleap.server.limits import ahead, check_share
+from overleap.server.limits import Promised, ahead, check_share
 from overleap.server.refusals import Refusal, overloaded
 
 log = logging.getLogger("overleap.server")
@@ -136,7 +136,7 @@ class Bridge:
         self._slots, self._queue, self._queue_tokens = slots, queue, queue_tokens
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._live: dict[str, Generation] = {}
-        self._promised = self._promised_tokens = 0  # let in, and not submitted yet
+        self._promised = Promised()
         self._handles: dict[str, tuple[Handle, Generation]] = {}  # the thread's own
         self._answers: set[asyncio.Future[Any]] = set()  # that the thread owes
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -172,13 +172,13 @@ class Bridge:
     @property
     def waiting(self) -> int:
         """Requests in the queue, or on their way to it."""
-        return len(self._live) + self._promised - self.running
+        return len(self._live) + self._promised.requests.total() - self.running
 
     @property
     def waiting_tokens(self) -> int:
         """Prompt tokens of the requests in the queue."""
         waiting = sum(one.tokens for one in self._live.values() if one.began is None)
-        return waiting + self._promised_tokens
+        return waiting + self._promised.tokens.total()
 
     def expected_wait_s(self, prompt_tokens: int, flow: str = "", weight: float = inf) -> float:
         """Seconds until the first token of a prompt that came now, as far as one can tell.
@@ -186,7 +186,8 @@ class Bridge:
         It has its turn when one of the places is free, and what goes before it has been read.
         flow, weight  as the engine is told; not given, it has nothing here and goes first
         """
-        tokens, requests = prompt_tokens + self._promised_tokens, self._promised + 1
+        tokens = prompt_tokens + self._promised.tokens.total()
+        requests = self._promised.requests.total() + 1
         unread, waiting = ahead(self._live.values(), flow, weight, tokens, requests)
         reading = unread / self._rate if self._rate else 0.0
         turns = max(0.0, waiting + self.running - self._slots)
@@ -217,7 +218,7 @@ class Bridge:
                 "fewer prompts at once",
             )
         expected = self.expected_wait_s(prompt_tokens, flow, weight) + self._late_s
-        there = len(self._live) + self._promised
+        there = len(self._live) + self._promised.requests.total()
         busy = there >= self._slots
         if there + requests > places:
             raise overloaded(f"{self.waiting} requests are waiting already", expected)
@@ -237,45 +238,44 @@ class Bridge:
         yet, and all of the flow "": it has nobody to share with.
         """
         own = [one for one in self._live.values() if one.request.flow == flow]
-        there = len(self._live) + self._promised + requests
-        if not flow or there <= self._slots or len(own) + requests == 1:
+        there = len(self._live) + self._promised.requests.total() + requests
+        had = len(own) + self._promised.requests[flow] + requests
+        if not flow or there <= self._slots or had == 1:
             return
         free = self._slots + self._queue - there
-        check_share(len(own) + requests, free, "requests", retry_s)
-        waiting = sum(one.tokens for one in own if one.began is None) + prompt_tokens
+        check_share(had, free, "requests", retry_s)
+        waiting = sum(one.tokens for one in own if one.began is None)
+        waiting += self._promised.tokens[flow] + prompt_tokens
         free = self._queue_tokens - self.waiting_tokens - prompt_tokens
         check_share(waiting, free, "prompt tokens waiting", retry_s)
 
     @contextmanager
-    def promise(self, prompt_tokens: int, requests: int, wait_s: float) -> Iterator[None]:
+    def promise(
+        self, prompt_tokens: int, requests: int, wait_s: float, flow: str, weight: float
+    ) -> Iterator[None]:
         """As `admit`; inside, others are let in as if the requests were there already."""
-        self.admit(prompt_tokens, requests, wait_s)
-        self._promised += requests
-        self._promised_tokens += prompt_tokens
-        try:
+        self.admit(prompt_tokens, requests, wait_s, flow, weight)
+        with self._promised.held(flow, requests, prompt_tokens):
             yield
-        finally:
-            self._promised -= requests
-            self._promised_tokens -= prompt_tokens
 
     # -- requests
 
     async def submit(self, requests: Sequence[Request]) -> list[Generation]:
         """Hand requests of one flow to the engine between two steps, all of them or none.
 
-        Raises what `Engine.submit` raises, Refusal (503) where the engine has ended, or where
-        others of the flow took its share while these were booked.
+        Raises what `Engine.submit` raises, and Refusal (503) where the engine has ended.
         """
         assert self._loop is not None
         loop, generations = self._loop, list[Generation]()
         prompts = {id(request.prompt): len(request.prompt) for request in requests}
-        self._check_share(requests[0].flow, len(requests), sum(prompts.values()), 1)
         answer: asyncio.Future[list[Handle]] = self._owed()
         for request in requests:
             # Answers to one prompt share the tuple, and the engine reads it once.
             tokens = prompts.pop(id(request.prompt), 0)
-            expected_s = self.expected_wait_s(tokens, request.flow, request.weight)
-            generation = Generation(request, self, tokens, expected_s=expected_s)
+            generation = Generation(request, self, tokens)
+            if self._rate is not None:  # else nothing was foreseen, and lateness is not learned
+                wait_s = self.expected_wait_s(tokens, request.flow, request.weight)
+                generation.expected_s = wait_s
             generations.append(generation)
             self._live[request.id] = generation
 

@@ -4,7 +4,6 @@ What the vendor's library does not have, so all of it is here. Not chat (openai.
 Read next: app.py.
 """
 
-import asyncio
 import json
 import time
 import uuid
@@ -24,6 +23,7 @@ from overleap.server import sse
 from overleap.server.auth import Customer
 from overleap.server.openai import running_of
 from overleap.server.refusals import Refusal, overloaded, refusal_of
+from overleap.server.reply import reply
 from overleap.server.running import Admission, Running, refused
 from overleap.server.schema import CompletionBody
 from overleap.server.service import Service
@@ -82,22 +82,13 @@ async def complete(http: HttpRequest, raw: bytes, customer: Customer, service: S
         arrived=arrived,
     )
     running = await service.begin(requests, admission)
-    talk = _Talk(asked, running, service)
-    headers = {"x-request-id": asked.id}
-    if asked.stream:
-        return sse.EventStream(
-            sse.with_signs_of_life(talk.frames(), service.settings.silence_s, lambda: sse.ALIVE),
-            slow_reader_s=service.settings.slow_reader_s,
-            close=running.close,
-            headers=headers,
-        )
-    try:
-        answer = await sse.until_gone(http.receive, asyncio.ensure_future(talk.whole()))
-    finally:
-        await running.close()
-    if answer is None:
-        return Response(status_code=499)
-    return Response(sse.encode(answer), media_type="application/json", headers=headers)
+    return await reply(
+        http,
+        running,
+        lambda: _Talk(asked, running, service),
+        silence_s=service.settings.silence_s,
+        headers={"x-request-id": asked.id},
+    )
 
 
 def _asked(turns: Turns, raw: bytes, customer: Customer) -> Asked:
@@ -319,7 +310,12 @@ class _Talk:
                 yield sse.frame(self._body([]) | {"usage": chat_usage(usage, 0)})
             yield sse.DONE
         except Exception as error:
+            self._running.fail()
             yield sse.frame(refusal_of(error).body("chat", self._asked.id), "error")
+
+    def alive(self) -> bytes:
+        """What a stream says when there is nothing to say."""
+        return sse.ALIVE
 
     async def whole(self) -> Chunk:
         """The answer as one object."""

@@ -264,7 +264,11 @@ def _url(where: str) -> URL:
 
 
 def _prepare(path: Path) -> Path:
-    """Make the file for its user alone. Returns the folder of the owners' locks."""
+    """Make the file for its user alone. Returns the folder of the owners' locks.
+
+    It lies beside the file itself, wherever links to that lie: all who share the file find it.
+    """
+    path = Path(os.path.realpath(path))
     locks = path.with_name(path.name + "-owners")
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -8,8 +8,9 @@ import asyncio
 import math
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -19,6 +20,27 @@ from overleap.server.auth import Customer
 from overleap.server.refusals import overloaded
 
 MINUTE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Promised:
+    """What was let in and is not submitted yet: by flow, requests and tokens of their prompts."""
+
+    requests: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
+
+    @contextmanager
+    def held(self, flow: str, requests: int, tokens: int) -> Iterator[None]:
+        """A block inside which these are counted."""
+        self.requests[flow] += requests
+        self.tokens[flow] += tokens
+        try:
+            yield
+        finally:
+            for counts, count in ((self.requests, requests), (self.tokens, tokens)):
+                counts[flow] -= count
+                if not counts[flow]:
+                    del counts[flow]
 
 
 class There(Protocol):
@@ -94,11 +116,11 @@ class Limits:
         self._clock = clock
         self._came: dict[str, deque[float]] = {}  # by key: the latest requests, as many as allowed
         self._here = Counter[str]()  # by key: requests whose texts are read or wait for that
-        self._alone: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._alone: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by flow
 
     @asynccontextmanager
     async def reading(self, customer: Customer, running: int | None) -> AsyncIterator[None]:
-        """A block that reads a text: one at a time of a key. Requests without a key share freely.
+        """A block that reads a text: one at a time of a user. Requests without one share freely.
 
         running  requests of the key in the engine; None for a text that no request comes of
 
@@ -113,7 +135,7 @@ class Limits:
                 yield
                 return
             # Kept as long as somebody holds it or waits for it.
-            alone = self._alone.setdefault(key, asyncio.Lock())
+            alone = self._alone.setdefault(customer.flow, asyncio.Lock())
             async with alone:
                 yield
         finally:

@@ -19,6 +19,7 @@ from overleap.server import sse
 from overleap.server.auth import Customer
 from overleap.server.ledger import patience
 from overleap.server.refusals import Refusal, overloaded, refusal_of
+from overleap.server.reply import reply
 from overleap.server.running import Admission, Running, refused
 from overleap.server.service import Service
 from overleap.server.turns import Turn
@@ -49,23 +50,13 @@ async def converse(
     running = await service.begin(
         [_request(turn, index, customer) for index in range(turn.n)], admission
     )
-    talk = _Talk(turn, running, service)
-    headers = {"x-request-id": turn.id, "request-id": turn.id}
-    if turn.stream:
-        return sse.EventStream(
-            sse.with_signs_of_life(talk.frames(), service.settings.silence_s, talk.alive),
-            slow_reader_s=service.settings.slow_reader_s,
-            close=running.close,
-            headers=headers,
-        )
-    try:
-        work = asyncio.ensure_future(talk.whole())
-        answer = await sse.until_gone(http.receive, work)
-    finally:
-        await running.close()
-    if answer is None:
-        return Response(status_code=499)
-    return Response(sse.encode(answer), media_type="application/json", headers=headers)
+    return await reply(
+        http,
+        running,
+        lambda: _Talk(turn, running, service),
+        silence_s=service.settings.silence_s,
+        headers={"x-request-id": turn.id, "request-id": turn.id},
+    )
 
 
 def running_of(customer: Customer, service: Service) -> int:
@@ -143,6 +134,7 @@ class _Talk:
             if self._turn.api == "chat":
                 yield sse.DONE
         except Exception as error:
+            self._running.fail()
             yield self._failure(refusal_of(error))
 
     async def whole(self) -> Chunk:

@@ -52,7 +52,8 @@ class Running:
     _ended: Callable[["Running"], None]
     _closing: "asyncio.Task[None] | None" = None
     _settled: Usage | None = None
-    _cut: bool = False
+    _failed: bool = False
+    _sent: bool = False  # a token, as far as a stream goes
     _last_token: dict[int, float] = field(default_factory=dict)
 
     @classmethod
@@ -76,7 +77,8 @@ class Running:
         tokens = sum(len(request.prompt) for request in requests[::each])
         stack = AsyncExitStack()
         most = sum(request.sampling.max_tokens for request in requests)
-        with bridge.promise(tokens, len(requests), wait_s):
+        first = requests[0]
+        with bridge.promise(tokens, len(requests), wait_s, first.flow, first.weight):
             reservation = await stack.enter_async_context(
                 ledger.reserve(
                     admission.customer,
@@ -100,6 +102,7 @@ class Running:
         async for index, event in self._merged():
             self._measure(index, event)
             yield index, event
+            self._sent = self._sent or isinstance(event, Token)
 
     def _measure(self, index: int, event: Event) -> None:
         tier, now = self.admission.customer.tier.name, time.monotonic()
@@ -165,19 +168,23 @@ class Running:
     def _due(self) -> Usage:
         """What an answer is charged that is not whole.
 
-        Where the server is to blame, because the engine failed or a server that stops cut the
+        Where the server is to blame, because it or the engine failed or a server that stops cut the
         answer, what the client was given: of a stream all of its usage so far, once a token of it
         was sent; of any other answer nothing. A client that left pays for its usage up to then.
         """
-        failed = self._cut or any(
+        failed = self._failed or any(
             g.finish is not None and g.finish.reason is FinishReason.ERROR for g in self.generations
         )
-        sent = self.admission.streamed and any(at >= 0 for at in self._last_token.values())
+        sent = self.admission.streamed and self._sent
         return self.usage if sent or not failed else Usage()
+
+    def fail(self) -> None:
+        """Note that an answer broke off through the server's own fault."""
+        self._failed = True
 
     def cut(self) -> None:
         """End its answers because the server stops; who reads them is told so."""
-        self._cut = True
+        self.fail()
         for generation in self.generations:
             generation.cancel()
 
@@ -190,14 +197,16 @@ class Running:
     async def _close(self) -> None:
         for generation in self.generations:
             generation.cancel()
+        booked = Usage()
         try:
             try:
-                await self._settle(self._due)
+                used = await self._settle(self._due)
             finally:
                 await self._stack.aclose()
+            booked = used
         finally:  # also where the ledger could not be written
             self._ended(self)
-            self._tell(self.admission, self._settled or self.usage)
+            self._tell(self.admission, booked)
 
     def _tell(self, admission: Admission, usage: Usage) -> None:
         """Count it in the metrics, and leave a line in the log: who, how much, no text."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -28,7 +29,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 Seed = Annotated[int, Field(ge=-SEED_LIMIT, lt=SEED_LIMIT)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
-Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 User = Annotated[str, Field(max_length=512)]
 MetadataKey = Annotated[str, Field(max_length=64)]
@@ -37,7 +38,28 @@ BiasedId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(max_length=32 * 2**20)]
-Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
+Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS, fail_fast=True)]
+Blocks = Annotated[list[Object], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+Messages = Annotated[list[Object], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+Tools = Annotated[list[Object], Field(max_length=MAX_TOOLS, fail_fast=True)]
+
+
+def _at_most(most: int) -> tuple[BeforeValidator, Any]:
+    """How many fields an object may have: checked before they are, for each would be complained of.
+
+    Lists are read with `fail_fast` for the same reason: a body of millions of faults has one.
+    """
+
+    def checked(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise PydanticCustomError(
+                "too_long",
+                "{count} fields, {most} are the most",
+                {"count": len(value), "most": most},
+            )
+        return value
+
+    return BeforeValidator(checked), Field(max_length=most)
 
 
 def _only(why: str) -> WrapValidator:
@@ -90,7 +112,7 @@ class Sampled(Body):
     stream_options: StreamOptions | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[BiasedId, Bias], Field(max_length=MAX_BIASED)] | None = None
+    logit_bias: Annotated[dict[BiasedId, Bias], *_at_most(MAX_BIASED)] | None = None
     user: User | None = None
     return_progress: bool | None = None
     structured_outputs: Annotated[None, _FORMAT] = None
@@ -125,7 +147,7 @@ class ChatBody(Sampled):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: Annotated[list[Object], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Tools | None = None
     tool_choice: Literal["auto", "none", "required"] | Object | None = None
     parallel_tool_calls: bool | None = None
     response_format: Object | None = None
@@ -139,9 +161,13 @@ class ChatBody(Sampled):
         Annotated[Object, Field(max_length=0)] | None,
         _only('the chat format takes no arguments; thinking is set with thinking: {"type": ...}'),
     ] = None
-    functions: Annotated[Annotated[list[Object], Field(max_length=0)] | None, _TOOLS] = None
+    functions: Annotated[
+        Annotated[list[Object], Field(max_length=0, fail_fast=True)] | None, _TOOLS
+    ] = None
     function_call: Annotated[Literal["auto", "none"] | None, _TOOLS] = None
-    modalities: Annotated[list[Literal["text"]] | None, _TEXT] = None
+    modalities: Annotated[
+        Annotated[list[Literal["text"]], Field(max_length=8, fail_fast=True)] | None, _TEXT
+    ] = None
     audio: Annotated[None, _TEXT] = None
 
 
@@ -150,9 +176,9 @@ class CompletionBody(Sampled):
 
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
         | Ids
-        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     suffix: Text | None = None
     max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
@@ -165,20 +191,20 @@ class CompletionBody(Sampled):
 class ResponsesBody(Body):
     """POST /v1/responses. Nothing is stored, whatever `store` says."""
 
-    input: Text | Annotated[list[Object], Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: Text | Messages
     instructions: Text | None = None
     max_output_tokens: Count | None = None
     temperature: Temperature | None = None
     top_p: Share | None = None
     stream: bool | None = None
-    tools: Annotated[list[Object], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Tools | None = None
     tool_choice: Literal["auto", "none", "required"] | Object | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Object | None = None
     text: Object | None = None
     user: User | None = None
     store: bool | None = None
-    metadata: Annotated[dict[MetadataKey, User], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[MetadataKey, User], *_at_most(16)] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     max_tool_calls: Annotated[int, Field(ge=1, le=2**20)] | None = None
     prompt_cache_key: User | None = None
@@ -196,14 +222,14 @@ class MessagesBody(Body):
     """POST /v1/messages."""
 
     max_tokens: Count
-    messages: Annotated[list[Object], Field(min_length=1, max_length=MAX_MESSAGES)]
-    system: Text | list[Object] | None = None
+    messages: Messages
+    system: Text | Blocks | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Share | None = None
     top_k: Annotated[int, Field(ge=0, le=2**20)] | None = None
-    stop_sequences: Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop_sequences: Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
-    tools: Annotated[list[Object], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Tools | None = None
     tool_choice: Object | None = None
     thinking: Object | None = None
     output_config: Object | None = None
@@ -214,9 +240,9 @@ class MessagesBody(Body):
 class CountBody(Body):
     """POST /v1/messages/count_tokens."""
 
-    messages: Annotated[list[Object], Field(min_length=1, max_length=MAX_MESSAGES)]
-    system: Text | list[Object] | None = None
-    tools: Annotated[list[Object], Field(max_length=MAX_TOOLS)] | None = None
+    messages: Messages
+    system: Text | Blocks | None = None
+    tools: Tools | None = None
     tool_choice: Object | None = None
     thinking: Object | None = None
 
@@ -228,8 +254,8 @@ class TokenizeBody(BaseModel):
 
     model: Name | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Object], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
-    tools: Annotated[list[Object], Field(max_length=MAX_TOOLS)] | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
     tool_choice: Literal["auto", "none", "required"] | Object | None = None
     response_format: Object | None = None
     reasoning_effort: Annotated[str, Field(max_length=16)] | None = None
@@ -244,7 +270,7 @@ class DetokenizeBody(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: Name | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS)]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
 
 
 class ErrorBody(BaseModel):

@@ -63,9 +63,7 @@ async def _next(frames: AsyncIterator[bytes]) -> bytes:
 class EventStream(Response):
     """Sends frames as they come. When the client leaves, `frames` is closed at once.
 
-    slow_reader_s  of a client that does not take a frame for so long nothing more is made; the
-                   connection is ended by its protocol (wire.py)
-    close          runs at the end in any case, also where nothing was ever sent
+    close  runs at the end in any case, also where nothing was ever sent
     """
 
     media_type = "text/event-stream"
@@ -74,11 +72,10 @@ class EventStream(Response):
         self,
         frames: AsyncIterator[bytes],
         *,
-        slow_reader_s: float,
         close: Callable[[], Awaitable[None]],
         headers: Mapping[str, str],
     ) -> None:
-        self._frames, self._slow_reader_s, self._close = frames, slow_reader_s, close
+        self._frames, self._close = frames, close
         self.status_code = 200
         self.background = None
         extra = {"cache-control": "no-store", "x-accel-buffering": "no"}
@@ -99,14 +96,8 @@ class EventStream(Response):
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for data in self._frames:
-            message = {"type": "http.response.body", "body": data, "more_body": True}
-            # uvicorn waits here while the client does not read. Not `wait_for`: on Python 3.11 it
-            # loses a cancel that comes as `send` ends, and an answer went on without its reader.
-            try:
-                async with asyncio.timeout(self._slow_reader_s):
-                    await send(message)
-            except TimeoutError:
-                return
+            # Waits here while the client does not read, until its protocol cuts it off (wire.py).
+            await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

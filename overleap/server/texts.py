@@ -56,10 +56,12 @@ def _tokenize(raw: bytes, customer: Customer, turns: Turns) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise Refusal(400, "either prompt or messages is given")
     if body.prompt is not None:
+        turns.check_size(body.prompt, customer, "prompt")
         ids = tokenizer.encode(body.prompt)
         ids = [tokenizer.bos_id, *ids] if body.add_special_tokens else ids
     else:
         prompt, _ = turns.render("chat", value)
+        turns.check_size(prompt.text, customer, "messages")
         ids = tokenizer.encode_prompt(prompt)
     found: dict[str, Any] = {
         "tokens": ids,
@@ -86,11 +88,12 @@ def _detokenize(raw: bytes, customer: Customer, turns: Turns) -> Response:
 
 
 async def count_tokens(raw: bytes, customer: Customer, service: Service) -> Response:
-    return await service.turns.read(customer, None, _count, raw, service.turns)
+    return await service.turns.read(customer, None, _count, raw, customer, service.turns)
 
 
-def _count(raw: bytes, turns: Turns) -> Response:
+def _count(raw: bytes, customer: Customer, turns: Turns) -> Response:
     body, value = parsed(CountBody, raw)
     turns.check_model(body.model)
     prompt, _ = turns.render("messages", {**value, "max_tokens": 1})
+    turns.check_size(prompt.text, customer, "messages")
     return json_response({"input_tokens": len(turns.model.tokenizer.encode_prompt(prompt))})

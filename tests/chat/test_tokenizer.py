@@ -260,6 +260,17 @@ def test_lone_surrogates_are_refused(tokenizer: Tokenizer) -> None:
             tokenizer.encode("a\ud800b", special=special)
 
 
+def test_a_text_without_words_is_refused_before_it_takes_memory(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("overleap.chat.tokenizer.LONGEST", 2**17)
+    for text in ("文" * 2**17, "a" * (2**17 - 1) + "\n", "one two\n" * 2**15):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    for text in ("文" * (2**17 + 1), "b. " + "a" * 2**18 + "\n"):
+        with pytest.raises(RequestError, match="characters in which no word ends, 131,072 are"):
+            tokenizer.encode(text)
+
+
 def test_digest_follows_the_file(tmp_path: Path, small_json: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(small_json)
     first = Tokenizer.from_folder(tmp_path)

@@ -115,6 +115,19 @@ def test_a_reader_holds_no_writer_up(database: Database) -> None:
         assert reading.scalar(sa.text("SELECT value FROM secrets")) == before
 
 
+def test_who_comes_by_a_link_finds_the_owners(tmp_path: Path) -> None:
+    path, link = tmp_path / "ledger.sqlite3", tmp_path / "elsewhere" / "ledger"
+    database = Database(str(path))
+    link.parent.mkdir()
+    link.symlink_to(path)
+    other = Database(str(link))
+    with Ledger(database) as one, other.read() as connection:
+        assert one._books._owner is not None
+        assert not other.is_dead(one._books._owner, connection)
+    other.close()
+    database.close()
+
+
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite3"
     Database(str(path)).close()

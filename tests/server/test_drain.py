@@ -15,10 +15,13 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from overleap.chat.tokenizer import Decoder, Tokenizer
 from overleap.engine.request import Request, Sampling, Token
+from overleap.errors import RequestError
 from overleap.server.database import entries
 from overleap.server.running import Admission
 from overleap.server.wire import drain
+from overleap.server.writers import Writer
 from tests.server import load
 from tests.server.live import NAME, TOKENIZER, Live, live, scripted
 
@@ -139,6 +142,40 @@ def test_an_answer_that_failed_is_not_charged(tmp_path: Path, seed: int, path: s
         fail_at(server, random.Random(seed).randint(0, 9))
         body = {"model": NAME, "max_tokens": 40} | PATHS[path]
         assert asyncio.run(load.send(port_of(server), "POST", path, body))[0] == 500
+        assert charges(server) == [("refunded", 0)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", PATHS)
+def test_an_answer_that_cannot_be_told_is_not_charged(
+    tmp_path: Path, path: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with live(tmp_path, scripted(script)) as server:
+
+        def fail(*given: Any) -> Any:
+            raise RuntimeError("no words")
+
+        monkeypatch.setattr(Decoder, "push", fail)
+        monkeypatch.setattr(Writer, "push", fail)
+        body = {"model": NAME, "max_tokens": 40, "stream": stream} | PATHS[path]
+        status, _, raw = asyncio.run(load.send(port_of(server), "POST", path, body))
+        assert status == 500 or (stream and b"error" in raw)
+        until(lambda: not server.service.everyone.running, "it is still there")
+        assert charges(server) == [("refunded", 0)]
+
+
+def test_a_prompt_that_cannot_be_repeated_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with live(tmp_path, scripted(script)) as server:
+
+        def fail(*given: Any) -> Any:
+            raise RequestError("no such token")
+
+        monkeypatch.setattr(Tokenizer, "decode", fail)
+        body = {"model": NAME, "prompt": [5, 6], "echo": True, "max_tokens": 3}
+        status, _, _ = asyncio.run(load.send(port_of(server), "POST", "/v1/completions", body))
+        assert status == 400 and not server.service.everyone.running
         assert charges(server) == [("refunded", 0)]
 
 

@@ -326,6 +326,24 @@ def test_who_was_taken_for_dead_cannot_charge(tmp_path: Path) -> None:
     database.close()
 
 
+def test_a_connection_that_was_lost_for_good_leaves_no_owner_without_its_lock(
+    database: Database,
+) -> None:
+    """Lost in the second attempt, too, nothing of ours had closed it: the next one is an owner."""
+    with Ledger(database) as ledger:
+        books = ledger._books
+        before = books._owner
+        assert books._connection is not None
+        books._connection.invalidate()
+        assert books.recover() == 0
+        assert books._owner is not None and books._owner != before
+        with database.read() as connection:
+            assert not database.is_dead(books._owner, connection)
+            known = connection.scalars(sa.select(owners.c.id)).all()
+        assert books._owner in known
+    assert check_books(database) == []
+
+
 def test_a_lost_connection_is_made_again(postgres: str) -> None:
     """PostgreSQL ends our backend between reserving and settling: nothing is lost or booked twice,
     and what was open is ours again."""

@@ -5,6 +5,8 @@ import json
 import random
 import threading
 import time
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,28 @@ def waiting(bridge: Bridge, flow: str, weight: float, tokens: int, began: bool =
     bridge._live[request.id] = one
 
 
+def test_what_a_user_has_booked_and_not_submitted_is_his_share() -> None:
+    """Twelve places: one user's booked requests leave as many to the next as they are."""
+    bridge = idle(slots=4, queue=8)
+    with ExitStack() as stack:
+        for _ in range(6):
+            stack.enter_context(bridge.promise(10, 1, 300.0, "one", 1.0))
+        with pytest.raises(Refusal, match="this user would have 7 requests"):
+            bridge.admit(10, 1, 300.0, "one", 1.0)
+        stack.enter_context(bridge.promise(10, 3, 300.0, "two", 1.0))
+    assert not bridge._promised.requests and not bridge._promised.tokens
+
+
+def test_what_was_not_foreseen_is_not_learned_as_late(tmp_path: Path) -> None:
+    """The first prompts take what they take: nothing was known of this machine."""
+    with live(tmp_path, scripted(lambda prompt: "Yes.", delay_s=0.3)) as server:
+        asking = Asking(server)
+        for _ in range(3):
+            asking.ask("")
+        assert asking.join() == [200] * 3
+        assert server.service.bridge._late_s == 0.0
+
+
 def idle(**more: int) -> Bridge:
     """A bridge whose engine is not there, and reads 100 tokens a second."""
     wanted = {"slots": 2, "queue": 64, "queue_tokens": 10**6} | more
@@ -220,7 +244,7 @@ def test_requests_a_minute_are_counted_before_texts_are_read() -> None:
     asyncio.run(run())
 
 
-def test_texts_of_a_key_are_read_one_after_the_other() -> None:
+def test_texts_of_a_user_are_read_one_after_the_other() -> None:
     async def run() -> None:
         limits, most = Limits(), dict[str, int]()
         here: dict[str, int] = {}
@@ -233,6 +257,7 @@ def test_texts_of_a_key_are_read_one_after_the_other() -> None:
                 await asyncio.sleep(0.01)
                 here[who.key_id] -= 1
 
+        other_key = replace(customer("one"), key_id="one's second")  # of the same user
         both = customer("one"), customer("two", concurrent_requests=4), customer(LOCAL_ID)
         await asyncio.gather(*(read(who) for who in both for _ in range(3)))
         assert most == {"one": 1, "two": 1, LOCAL_ID: 3, "all": 5}
@@ -243,6 +268,9 @@ def test_texts_of_a_key_are_read_one_after_the_other() -> None:
         most.clear()
         await asyncio.gather(*(read(both[1], None) for _ in range(9)))  # counting tokens
         assert most == {"two": 1, "all": 1}
+        most.clear()
+        await asyncio.gather(*(read(who, None) for who in (both[0], other_key) for _ in range(3)))
+        assert most == {"one": 1, "one's second": 1, "all": 1}
         assert not limits._here and not limits._alone
 
     asyncio.run(run())

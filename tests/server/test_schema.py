@@ -4,9 +4,18 @@ import json
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from overleap.server.refusals import Refusal
-from overleap.server.schema import Body, ChatBody, CompletionBody, ResponsesBody
+from overleap.server.schema import (
+    Body,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    MessagesBody,
+    ResponsesBody,
+    TokenizeBody,
+)
 from overleap.server.turns import parsed
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
@@ -80,3 +89,37 @@ def test_what_an_answer_repeats_is_bounded(name: str, value: Any) -> None:
     with pytest.raises(Refusal) as caught:
         parsed(ResponsesBody, json.dumps({**RESPONSES, name: value}).encode())
     assert caught.value.param is not None and caught.value.param.startswith(name)
+
+
+MANY = 20_000
+FAULTS: list[tuple[type[BaseModel], dict[str, Any], str, Any]] = [
+    (CompletionBody, COMPLETION, "prompt", [-1] * MANY),
+    (CompletionBody, COMPLETION, "prompt", [[-1] * MANY]),
+    (CompletionBody, COMPLETION, "prompt", [None] * MANY),
+    (CompletionBody, COMPLETION, "stop", [""] * MANY),
+    (CompletionBody, COMPLETION, "logit_bias", {f"x{i}": 1 for i in range(MANY)}),
+    (ChatBody, CHAT, "messages", [1] * MANY),
+    (ChatBody, CHAT, "tools", [1] * MANY),
+    (ChatBody, CHAT, "modalities", ["audio"] * MANY),
+    (ChatBody, CHAT, "functions", [1] * MANY),
+    (ResponsesBody, RESPONSES, "input", [1] * MANY),
+    (ResponsesBody, RESPONSES, "metadata", {f"{i:099}": 1 for i in range(MANY)}),
+    (MessagesBody, {**CHAT, "max_tokens": 1}, "system", [1] * MANY),
+    (MessagesBody, {**CHAT, "max_tokens": 1}, "stop_sequences", [1] * MANY),
+    (TokenizeBody, {}, "messages", [1] * MANY),
+    (DetokenizeBody, {}, "tokens", [-1] * MANY),
+]
+
+
+@pytest.mark.parametrize(("kind", "body", "name", "value"), FAULTS)
+def test_of_many_faults_one_is_told(
+    kind: type[BaseModel], body: dict[str, Any], name: str, value: Any
+) -> None:
+    """Each that is found takes memory and holds everybody up: a body may have millions."""
+    whole = {**body, name: value}
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(whole, strict=True)
+    assert caught.value.error_count() <= 4, "one of each alternative"
+    with pytest.raises(Refusal) as refused:
+        parsed(kind, json.dumps(whole).encode())
+    assert refused.value.status == 400 and refused.value.message.startswith(name)
