@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from overleap import machine, plan
+from overleap.cache.layout import CacheFormat
 from overleap.cli import screen
 from overleap.cli.app import CacheKind, Json, app, cache_format_of
 from overleap.config import PRESETS, ModelConfig
@@ -193,8 +194,9 @@ def _show(model: str, found: plan.Plan, money: plan.Money) -> None:
 
 
 def _forecast(found: plan.Plan, results: Path) -> calibrate.Forecast | None:
-    """What records of this machine say of a load that fits into it."""
-    if not found.fits:
+    """What records of this machine say of a load that fits into it, in the forms they are of."""
+    released = found.load.precision == plan.Precision.RELEASE
+    if not found.fits or not released or found.load.cache_format != CacheFormat.RELEASE:
         return None
     load, chunk = found.load, found.memory.chunk
     try:

@@ -147,7 +147,7 @@ def parse_bytes(text: str) -> int:
         value = float(number) * scale
     except ValueError:
         value = -1.0
-    if not 0 < value < 1 << 60:
+    if not 1 <= value < 1 << 60:
         raise CapacityError(f"{text!r} is no amount of memory", "write it like 8GiB or 512MiB")
     return int(value)
 

@@ -90,7 +90,9 @@ def differences(
                     walk.accept(given[index])
                 expected = sample(logits_V, draw, model.ops, allowed).id
                 if expected != given[index]:
-                    gap = _gap(_open(shifted(logits_V, draw), allowed), draw, given[index])
+                    # On the host: some devices have no float64.
+                    open_V = _open(shifted(logits_V, draw).cpu(), allowed)
+                    gap = _gap(open_V, draw, given[index])
                     found.append(Difference(index, given[index], expected, gap))
             if progress is not None:
                 progress(end, len(ids))

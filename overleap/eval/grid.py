@@ -55,8 +55,13 @@ def document(
     text = stdlib_text(seed) if text is None else text
     start = rng.randrange(max(1, len(text) - 6 * tokens))
     ids = reader.tokenizer.encode(text[start : start + 6 * tokens])[: max(room, 0)]
-    if room < 1 or len(ids) < room:
-        raise RequestError(f"a text of {len(ids)} tokens was found, {max(room, 1)} are needed")
+    if room < 1:
+        raise RequestError(
+            f"{len(tasks)} tasks take {tokens - room} tokens, the text has {tokens} with them",
+            "a longer text, or fewer tasks",
+        )
+    if len(ids) < room:
+        raise RequestError(f"a text of {len(ids)} tokens was found, {room} are needed")
     lines = reader.tokenizer.decode(ids).splitlines(keepends=True)
     placed: list[tuple[int, str]] = []
     depth: dict[int, float] = {}

@@ -15,6 +15,7 @@ from overleap.cache.layout import CacheFormat
 from overleap.cache.state import Cache, Sequence
 from overleap.chat.tokenizer import Tokenizer
 from overleap.checkpoint import load, locate
+from overleap.errors import RequestError
 from overleap.model.indexer import Indexer
 from overleap.model.transformer import Batch, Transformer
 
@@ -61,6 +62,7 @@ class Reader:
         self, ids: list[int], room: int = 64, progress: Progress | None = None
     ) -> tuple[Cache, Sequence]:
         """Read a text, leaving room for so many more tokens a question."""
+        self._check(len(ids))
         pages = -(-(len(ids) + room) // PAGE) + -(-room // PAGE) + 2
         cache = self._cache(pages, slots=2)
         sequence = cache.open()
@@ -85,10 +87,20 @@ class Reader:
 
     def logits(self, ids: list[int]) -> Iterator[Tensor]:
         """Logits f32 [chunk, V] of every position, chunk after chunk."""
+        self._check(len(ids))
         cache = self._cache(-(-len(ids) // PAGE) + 1, slots=1)
         sequence = cache.open()
         for low in range(0, len(ids), CHUNK):
             yield self._step(cache, sequence, ids[low : low + CHUNK], whole=True).cpu()
+
+    def _check(self, tokens: int) -> None:
+        """Raise RequestError for more tokens than the model has positions."""
+        most = self.model.config.max_position_embeddings
+        if tokens > most:
+            raise RequestError(
+                f"the text takes {tokens:,} tokens, the model has {most:,} positions",
+                "fewer --tokens",
+            )
 
     def _cache(self, pages: int, slots: int) -> Cache:
         model = self.model
@@ -99,6 +111,7 @@ class Reader:
     def _step(
         self, cache: Cache, sequence: Sequence, ids: list[int], whole: bool = False
     ) -> Tensor:
+        self._check(sequence.length + len(ids))
         cache.reserve(sequence, sequence.length + len(ids))
         with torch.inference_mode():
             batch = Batch.of([(sequence, ids)], cache, "all" if whole else "last")

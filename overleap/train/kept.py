@@ -7,6 +7,7 @@ The state is written first and a folder appears whole or not at all, so that a k
 newest pair intact. Not here: when (loop.py), the layout (checkpoint/).
 """
 
+import errno
 import heapq
 import json
 import os
@@ -39,7 +40,8 @@ _NAME = re.compile(r"step-(\d{6,})")
 def alone(folder: Path) -> Iterator[None]:
     """Inside, no other process trains in `folder`, which is made if missing. Raises TrainingError.
 
-    A killed process lets go of it. Windows has no such locks, so nothing is held there.
+    A killed process lets go of it. Windows and some network file systems have no such locks:
+    nothing is held there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,13 @@ def alone(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise TrainingError(f"no run can be in {folder}: {error.strerror}") from None
     with lock:
-        if sys.platform != "win32" and not durable.take(lock.fileno(), alone=True):
+        try:
+            free = sys.platform == "win32" or durable.take(lock.fileno(), alone=True)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP):
+                raise
+            free = True
+        if not free:
             raise TrainingError(
                 f"another process trains in {folder}", "wait for its end, or stop it"
             )

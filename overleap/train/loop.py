@@ -150,7 +150,7 @@ def begin(recipe: Recipe, folder: Path) -> None:
     """
     path, tokenizer = folder / "recipe.json", folder / "tokenizer.json"
     if path.exists() and from_json(path.read_text("utf-8"), str(path)) != recipe:
-        if (folder / "log.jsonl").exists() or kept.newest(folder) is not None:
+        if kept.newest(folder):  # what stands before the first step is no training
             raise TrainingError(
                 f"{folder} holds a run of another recipe",
                 "go on with `overleap train resume`, or choose another folder",
@@ -158,7 +158,8 @@ def begin(recipe: Recipe, folder: Path) -> None:
         path.unlink()
         for file in kept.tokenizer_files(folder):
             file.unlink()
-        shutil.rmtree(folder / "tokens", ignore_errors=True)
+        for name in ("tokens", "checkpoints"):
+            shutil.rmtree(folder / name, ignore_errors=True)
     if not path.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -119,7 +119,9 @@ def _lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, str]]:
                 f"{path} line {number} has no string `text`",
                 "conversations (`messages`) are a source of their own, not documents",
             )
-        yield f"{path}:{number}", record["text"]
+        # JSON can spell halves of characters, which no UTF-8 can.
+        whole = record["text"].encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        yield f"{path}:{number}", whole
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, str]]:

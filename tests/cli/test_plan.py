@@ -228,6 +228,8 @@ def test_records_refine_what_is_said_of_this_machine(tmp_path: Path) -> None:
     assert 100 <= 1 / known["step_s"] <= 110
     assert "measurements here of this model" in run("mini", "--results", tmp_path).stdout
     assert json_of("mini", "--results", tmp_path / "nothing")["measured_here"] is None
+    for other in (("--cache", "wide"), ("--precision", "bf16")):
+        assert json_of("mini", *other, "--results", tmp_path)["measured_here"] is None, other
 
 
 @pytest.mark.parametrize("told", [True, False])

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from typer.testing import CliRunner
 from overleap.cache.layout import CacheFormat
 from overleap.cli import app
 from overleap.errors import OverleapError, RequestError
+from overleap.eval.grid import document
 from overleap.eval.language import apart, bits_per_byte
 from overleap.eval.needle import stdlib_text
 from overleap.eval.reader import Reader
+from overleap.eval.tasks import draw_tasks
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +38,22 @@ def test_bits_are_those_of_the_text(reader: Reader, seed: int) -> None:
     assert min(found.by_depth) <= found.bits_per_byte <= max(found.by_depth)
     with pytest.raises(RequestError, match="bands need more"):
         bits_per_byte(reader, "x", 4)
+
+
+def test_positions_that_the_model_lacks(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = reader.model.config.with_(max_position_embeddings=256)
+    monkeypatch.setattr(reader.model, "config", few)
+    with pytest.raises(RequestError, match="takes 300 tokens, the model has 256 positions"):
+        list(reader.logits([5] * 300))
+    with pytest.raises(RequestError, match="takes 257 tokens, the model has 256"):
+        reader.read([5] * 257)
+    cache, sequence = reader.read([5] * 250)
+    assert len(reader.ask(cache, sequence, [5], 6)) <= 6
+    with pytest.raises(RequestError, match="takes 260 tokens"):
+        reader.ask(cache, sequence, [5] * 10, 1)
+    tasks = draw_tasks(8, random.Random(1))
+    with pytest.raises(RequestError, match=r"8 tasks take \d+ tokens, the text has 96"):
+        document(reader, 96, tasks, 1)
 
 
 @pytest.mark.parametrize("tokens", [4, 5, 6, 9])

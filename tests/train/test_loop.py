@@ -351,7 +351,13 @@ def test_a_model_is_talked_to_as_its_base(
 def test_a_folder_keeps_to_its_recipe(seed: int, tmp_path: Path, begun: Path) -> None:
     """Once something was trained; a first start that failed keeps nothing from being begun."""
     recipe = folder_for(begun, small_recipe(seed, 2), tmp_path / "run")
-    (tmp_path / "run" / "log.jsonl").write_text("")
+    home = tmp_path / "run" / "checkpoints"
+    (home / "step-000000").mkdir(parents=True)
+    (home / "step-000000.state-0").write_bytes(b"")  # before a first step that failed
+    begin(replace(recipe, clip=3.0), tmp_path / "run")
+    assert not home.exists()
+    (home / "step-000002").mkdir(parents=True)
+    (home / "step-000002.state-0").write_bytes(b"")
     with pytest.raises(TrainingError, match="another recipe"):
         begin(replace(recipe, clip=2.0), tmp_path / "run")
     lost = replace(recipe, text=(str(tmp_path / "typo.txt"),))

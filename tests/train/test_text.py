@@ -87,6 +87,14 @@ def test_jsonl_is_read_line_by_line(tmp_path: Path, seed: int, packed: bool) -> 
     assert most < size / 4
 
 
+def test_half_a_character_is_replaced(tmp_path: Path) -> None:
+    """JSON can spell it, and UTF-8 cannot."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one \\ud83d two \\ud83d\\ude00 %s"}\n' % ("word " * 20))
+    (found,) = (text for _, text in documents([path]))
+    assert found.startswith("one \ufffd two \U0001f600 word")
+
+
 def cut(raw: bytes) -> bytes:
     return raw[: len(raw) // 2]
 
