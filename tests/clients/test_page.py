@@ -163,6 +163,63 @@ def test_stopping_ends_the_request_in_the_engine(page: Any, server: Live) -> Non
     assert server.service.bridge.running == 0
 
 
+def test_a_question_that_got_no_answer_comes_back(page: Any) -> None:
+    """Refused, or stopped before a word: it is neither shown as asked nor sent along later."""
+    refusal = json.dumps({"error": {"message": "too much is waiting"}})
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=503, body=refusal))
+    say(page, "a long document")
+    ended(page)
+    assert page.input_value("#ask") == "a long document"
+    assert page.locator("article").count() == 0 and page.evaluate("() => messages.length") == 0
+    playwright.expect(page.locator("#note")).to_have_text("too much is waiting")
+    page.unroute("**/v1/chat/completions")
+    page.press("#ask", "Enter")
+    playwright.expect(page.locator("article.assistant .text")).to_have_text(
+        "Hello from the model.", timeout=WAIT_MS
+    )
+    ended(page)
+    assert page.evaluate("() => messages.length") == 2
+
+
+def test_who_scrolled_back_stays_there(page: Any) -> None:
+    say(page, "long")
+    ended(page)
+    say(page, "long")
+    page.wait_for_function("() => $('talk').scrollTop > 200", timeout=WAIT_MS)
+    page.evaluate("() => { $('talk').scrollTop = 0; }")
+    ended(page)
+    assert page.evaluate("() => $('talk').scrollTop") == 0
+    assert page.locator("[aria-busy]").count() == 0
+
+
+def test_only_text_is_attached(page: Any) -> None:
+    def attach(raw: bytes) -> None:
+        page.set_input_files("#file", {"name": "a.txt", "mimeType": "text/plain", "buffer": raw})
+
+    attach("caf\u00e9".encode("latin-1"))
+    playwright.expect(page.locator("#note")).to_contain_text("a.txt cannot be read, or is no UTF-8")
+    assert page.input_value("#ask") == ""
+    attach("caf\u00e9".encode())
+    page.wait_for_function("() => $('ask').value.startsWith('caf\u00e9')", timeout=WAIT_MS)
+    playwright.expect(page.locator("#note")).to_be_hidden()
+
+
+def test_an_answer_that_was_cut_says_so(browser: Any, tmp_path: Path) -> None:
+    tiers = tmp_path / "tiers.toml"
+    tiers.write_text(
+        'currency = "USD"\n'
+        "[tiers.admin]\nadmin = true\ntokens_per_day = 20\n"
+        "price_per_million = { cache_hit = 0, cache_miss = 0, output = 0 }\n"
+    )
+    with live(tmp_path, scripted(script), tiers=tiers) as server:
+        page = browser.new_page()
+        page.goto(server.url)
+        playwright.expect(page.locator("#server")).to_contain_text("20")
+        say(page, "long")
+        playwright.expect(page.locator("article.assistant")).to_contain_text("(cut: no more tokens")
+        page.close()
+
+
 def test_progress_of_a_long_prompt_is_shown(browser: Any, tmp_path: Path) -> None:
     """The test grants the steps, so the page stands still while a part of the prompt is read."""
     gate = threading.Semaphore(0)
@@ -232,8 +289,8 @@ def test_a_hundred_hostile_texts_do_nothing(page: Any) -> None:
         talk: document.querySelectorAll('#talk *').length,
         all: document.querySelectorAll('body *').length})"""
     )
-    # A turn is two elements of the user's and five of the model's; of the last the user's are left.
-    whole = {"talk": 7 * len(HOSTILE) + 2, "all": known + 2}
+    # A turn is two elements of the user's and five of the model's; of the last nothing is left.
+    whole = {"talk": 7 * len(HOSTILE), "all": known}
     assert found == {"title": "Overleap", "taken": None, "inside": 0, **whole}
 
 
