@@ -26,32 +26,35 @@ def cached(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(COMMIT)
     config = tiny_config(seed, "f32")
-    write_checkpoint(repository / "snapshots" / COMMIT, config, random_tensors(config, seed))
+    snapshot = repository / "snapshots" / COMMIT
+    write_checkpoint(snapshot, config, random_tensors(config, seed))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (snapshot / name).write_text("{}")
     return repository
 
 
 @pytest.fixture
 def asked(cached: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Commits whose encoder the hub was asked for; it has one."""
-    commits: list[str] = []
+    """Files of the commit that the hub was asked for; it has them."""
+    names: list[str] = []
 
     def download(hub_id: str, filename: str, *, revision: str, **how: Any) -> str:
-        assert (hub_id, filename) == ("org/name", ENCODER)
-        commits.append(revision)
+        assert (hub_id, revision) == ("org/name", COMMIT)
+        names.append(filename)
         path = cached / "snapshots" / revision / filename
-        path.parent.mkdir()
+        path.parent.mkdir(exist_ok=True)
         path.write_text("REASONING_EFFORT_PROMPTS = {}\n")
         return str(path)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    return commits
+    return names
 
 
 def test_the_encoder_of_a_cached_snapshot_is_fetched_once(cached: Path, asked: list[str]) -> None:
     snapshot = cached / "snapshots" / COMMIT
     for _ in range(2):
         assert locate("org/name") == snapshot
-        assert (snapshot / ENCODER).is_file() and asked == [COMMIT]
+        assert (snapshot / ENCODER).is_file() and asked == [ENCODER]
 
 
 def test_what_is_known_to_have_no_encoder_is_not_asked(cached: Path, asked: list[str]) -> None:
@@ -60,6 +63,14 @@ def test_what_is_known_to_have_no_encoder_is_not_asked(cached: Path, asked: list
     marker.touch()
     assert locate("org/name") == cached / "snapshots" / COMMIT
     assert asked == []
+
+
+def test_a_tokenizer_that_is_missing_is_fetched(cached: Path, asked: list[str]) -> None:
+    """Other programs fetch file by file."""
+    snapshot = cached / "snapshots" / COMMIT
+    (snapshot / "tokenizer.json").unlink()
+    assert locate("org/name") == snapshot
+    assert (snapshot / "tokenizer.json").is_file() and asked == [ENCODER, "tokenizer.json"]
 
 
 def test_without_a_network_the_snapshot_serves_as_it_is(

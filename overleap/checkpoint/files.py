@@ -187,8 +187,12 @@ def staged(folder: Path) -> Iterator[Path]:
 
     Nobody ever sees a folder half written. Raises CheckpointError if something is there already.
     """
-    folder = folder.resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        folder = folder.resolve()
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be looked at: {error.strerror}") from None
+    if taken:
         raise CheckpointError(
             f"{folder} exists and is not an empty folder", "name a new folder, or remove this one"
         )

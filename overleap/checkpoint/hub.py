@@ -104,7 +104,7 @@ def fetch(hub_id: str, announce: Callable[[Preflight], None]) -> Path:
     """
     cached = _cached(hub_id)
     if cached is not None:
-        _fetch_encoder(hub_id, cached)
+        _complete(hub_id, cached)
         return cached
     needed = preflight(hub_id)
     announce(needed)
@@ -187,16 +187,18 @@ def _cached(hub_id: str) -> Path | None:
     return Path(folder)
 
 
-def _fetch_encoder(hub_id: str, snapshot: Path) -> None:
-    """Add the encoder to a snapshot that other programs cached without it, where that can be done.
+def _complete(hub_id: str, snapshot: Path) -> None:
+    """Add what other programs left out of a snapshot that they cached, where that can be done.
 
-    No network where it is there, nor where the hub has said before that this commit has none. It
+    No network for what is there, nor where the hub has said before that this commit has none. It
     takes at most two seconds to learn that there is no network: the weights are there without it.
     """
     commit = snapshot.name
-    if huggingface_hub.try_to_load_from_cache(hub_id, _ENCODER, revision=commit) is None:
-        with suppress(Exception):  # of the library, and of those that it stands on
-            huggingface_hub.hf_hub_download(hub_id, _ENCODER, revision=commit, etag_timeout=2)
+    with suppress(Exception):  # of the library, and of those that it stands on: without the rest
+        for name in (_ENCODER, "tokenizer.json", "tokenizer_config.json"):
+            if huggingface_hub.try_to_load_from_cache(hub_id, name, revision=commit) is None:
+                with suppress(RemoteEntryNotFoundError):
+                    huggingface_hub.hf_hub_download(hub_id, name, revision=commit, etag_timeout=2)
 
 
 def _unreachable(hub_id: str, error: Exception) -> CheckpointError:

@@ -166,6 +166,7 @@ def usage(
 
     Example: `overleap usage --by user,day --since 2026-11-01`
     """
+    from overleap.server.auth import id_of
     from overleap.server.reports import Reports, check_books, day_s
     from overleap.server.tiers import load_tiers
 
@@ -176,7 +177,9 @@ def usage(
         loaded = load_tiers(tiers)
         reports = Reports(database, loaded, clock=time.time)
         start = 0 if since is None else day_s(since)
-        found = reports.usage(groups, start_s=start, end_s=end, key_ids=tuple(key or ()))
+        found = reports.usage(
+            groups, start_s=start, end_s=end, key_ids=tuple(map(id_of, key or ()))
+        )
     _show_usage(found, groups, loaded.currency, as_json)
     for sentence in wrong:
         screen.talk.print(sentence, markup=False, soft_wrap=True)

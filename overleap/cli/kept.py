@@ -91,7 +91,11 @@ def _store(folder: Path | None) -> Iterator[Any]:
     from overleap.cache.store import open_store
 
     where = folder or default_folder()
-    if not where.exists():
+    try:
+        there = where.exists()
+    except OSError as error:
+        raise CapacityError(f"{where} cannot be looked at: {error.strerror}") from None
+    if not there:
         yield None
         return
     store = open_store(where, _NO_LIMIT)

@@ -137,9 +137,9 @@ def _meminfo(proc: Path, key: str) -> int | None:
 def _disk(folder: Path) -> list[Check]:
     """The folder for what is kept, or the nearest one above that is there."""
     place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
     try:
+        while not place.exists() and place != place.parent:
+            place = place.parent
         free = shutil.disk_usage(place).free
     except OSError as error:
         hint = "give --cache-dir, or --no-keep"

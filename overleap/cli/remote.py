@@ -32,6 +32,11 @@ class Remote:
     key: str = ""
 
     def __post_init__(self) -> None:
+        if not (self.key.isascii() and (self.key.isprintable() or not self.key)):
+            raise RequestError(
+                "the key holds characters that no key has",  # it is a secret: not shown
+                "is there a line end in it, or a typographic dash?",
+            )
         try:
             parts = urlsplit(self.url)
             known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -59,7 +64,7 @@ class Remote:
 
         Raises RequestError with the server's own sentence where it refuses or breaks off.
         """
-        began, first, usage = time.monotonic(), None, None
+        began, first, usage, cut = time.monotonic(), None, None, False
         content: list[str] = []
         reasoning: list[str] = []
         asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
@@ -70,16 +75,19 @@ class Remote:
                     raise RequestError(f"the server broke off: {why}")
                 usage = event.get("usage") or usage
                 thought, said = _said(event)
+                cut = cut or _is_cut(event)
                 if thought:
                     reasoning.append(thought)
-                    screen.talk.print(thought, style="dim", end="", markup=False)
+                    screen.talk.print(_whole(thought), style="dim", end="", markup=False)
                 if said:
                     content.append(said)
-                    sys.stdout.write(said)
+                    sys.stdout.write(_whole(said))
                     sys.stdout.flush()
                 first = first or (time.monotonic() if content or reasoning else None)
         sys.stdout.write("\n")
         sys.stdout.flush()
+        if cut:
+            screen.note("the answer was cut: no more tokens were allowed (--max-tokens)")
         _account(usage, began, first)
         answer = {"role": "assistant", "content": "".join(content)}
         return answer | ({"reasoning_content": "".join(reasoning)} if reasoning else {})
@@ -97,7 +105,7 @@ class Remote:
         except urllib.error.HTTPError as error:
             with error:
                 raise RequestError(_refusal(error)) from None
-        except (OSError, HTTPException) as error:  # of which URLError is one
+        except (OSError, HTTPException, ValueError) as error:  # URLError, paths that are none
             reason = getattr(error, "reason", error)
             raise RequestError(f"{self.url} does not answer: {reason}") from None
 
@@ -144,6 +152,15 @@ def _said(event: Mapping[str, Any]) -> tuple[str, str]:
     except (AttributeError, TypeError):
         said = json.dumps(event)[:80]
         raise RequestError(f"the server broke off: an event is {said}") from None
+
+
+def _is_cut(event: Mapping[str, Any]) -> bool:
+    return any(choice.get("finish_reason") == "length" for choice in event.get("choices") or ())
+
+
+def _whole(text: str) -> str:
+    """Without halves of characters, which some servers send and no terminal takes."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _account(usage: Any, began: float, first: float | None) -> None:

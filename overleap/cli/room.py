@@ -44,7 +44,9 @@ class Front:
     @property
     def weight_bytes(self) -> int:
         """Size of its weight files."""
-        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        # A link to nothing is complained of where it is opened.
+        files = self.folder.glob("*.safetensors")
+        return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def open_front(name: str) -> Front:

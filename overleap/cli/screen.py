@@ -48,13 +48,42 @@ class Shown:
 
 
 def put_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table on stdout. Nothing is cut off: what is too wide is folded, but for ids of keys."""
+    """A table on stdout. Nothing is cut off: what is too wide is folded, but for ids of keys.
+
+    Where not even figures fit whole, a terminal gets a line for each cell, and a file
+    or a pipe a wider table.
+    """
+    console = Console(highlight=False, emoji=False)
+    cells = zip(columns, *(map(str, row) for row in rows), strict=True)
+    widths = [_least(*cells_of) for cells_of in cells]
+    least = 1 + sum(3 + width for width in widths)
+    if least > console.width and console.is_terminal:
+        _put_lines(console, title, columns, rows)
+        return
+    console.width = max(console.width, least)
     table = Table(title=Text(title), title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column == "key")
+    for column, width in zip(columns, widths, strict=True):
+        table.add_column(column, overflow="fold", no_wrap=column == "key", min_width=width)
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
-    Console(highlight=False, emoji=False).print(table)
+    console.print(table)
+
+
+def _least(column: str, *cells: str) -> int:
+    """Characters that a column needs: figures are not split, of a word a few stand in a line."""
+    words = [word for cell in (column, *cells) for word in cell.split()]
+    whole = [word for word in words if column == "key" or word.lstrip("+-<>")[:1].isdigit()]
+    return max([len(word) for word in whole] + [min(len(word), 6) for word in words], default=0)
+
+
+def _put_lines(
+    console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
+) -> None:
+    console.print(Text(title))
+    for row in rows:
+        console.print()
+        for column, cell in zip(columns, row, strict=True):
+            console.print(Text(f"{column}: {cell}" if column else str(cell)), soft_wrap=True)
 
 
 class _Rate(ProgressColumn):

@@ -91,6 +91,7 @@ def ask(
             }
         )
     session.close(told.finish.usage)
+    _tell_cut(told.finish)
 
 
 @app.command()
@@ -127,7 +128,7 @@ def chat(
         settings |= _there(seed=seed, reasoning_effort=effort)
         if thinking is not None:
             settings["thinking"] = {"type": "enabled" if thinking else "disabled"}
-        conversation(Remote(url, key), _lines(), settings, _only_remote(context, model))
+        conversation(Remote(url, key.strip()), _lines(), settings, _only_remote(context, model))
         return
     from overleap.chat.dialects import render_chat
     from overleap.engine.request import Sampling
@@ -158,6 +159,14 @@ def chat(
             answer["reasoning_content"] = told.reply.reasoning
         messages = [*said, answer]
         session.close(told.finish.usage)
+        _tell_cut(told.finish)
+
+
+def _tell_cut(finish: Any) -> None:
+    """That an answer is not whole, which cannot be seen on it."""
+    if finish.reason == "length":
+        tokens = finish.usage.generated_tokens
+        screen.note(f"the answer was cut after {tokens:,} tokens, --max-tokens allows more")
 
 
 def _there(**values: Any) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def revoke_key(database: Database, key_id: str) -> None:
     with database.write() as connection:
         found = connection.execute(
             keys.update()
-            .where(keys.c.id == _id_of(key_id))
+            .where(keys.c.id == id_of(key_id))
             .values(revoked_us=sa.func.coalesce(keys.c.revoked_us, time.time_ns() // 1000))
         )
         if found.rowcount == 0:
@@ -174,9 +174,7 @@ def credit_key(database: Database, key_id: str, nanos: int) -> None:
     """Pay in for a key, or take back what was paid in too much (below zero)."""
     with database.write() as connection:
         found = connection.execute(
-            keys.update()
-            .where(keys.c.id == _id_of(key_id))
-            .values(credited=keys.c.credited + nanos)
+            keys.update().where(keys.c.id == id_of(key_id)).values(credited=keys.c.credited + nanos)
         )
         if found.rowcount == 0:
             raise _unknown(key_id)
@@ -205,14 +203,14 @@ def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _id_of(name: str) -> str:
+def id_of(name: str) -> str:
     """The ID in what a person copied: an ID, `ol-ID-...` or a whole key."""
     parts = name.split("-")
     return parts[1] if len(parts) > 1 and parts[0] == PREFIX else name
 
 
 def _unknown(key_id: str) -> ConfigError:
-    return ConfigError(f"no key has the ID {_id_of(key_id)!r}", "`overleap keys list` shows them")
+    return ConfigError(f"no key has the ID {id_of(key_id)!r}", "`overleap keys list` shows them")
 
 
 def _row(key_id: str, user: str, tier: str, digest: str, credit: int) -> dict[str, object]:

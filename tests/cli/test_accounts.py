@@ -87,6 +87,8 @@ def test_usage_shows_cost_beside_price(ledger: Path) -> None:
     assert json.loads(run("usage", "--until", "2020-01-01", "--json")) == []
     assert len(json.loads(run("usage", "--since", "2020-01-01", "--by", "day", "--json"))) == 1
     assert json.loads(run("usage", "--key", "another", "--json")) == []
+    for name in (customer.key_id, f"ol-{customer.key_id}-...", key):
+        assert len(json.loads(run("usage", "--key", name, "--json"))) == 1, name
     run("usage", "--check")
     with database.write() as connection:
         connection.execute(keys.update().values(charged=1))

@@ -5,11 +5,13 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
@@ -224,6 +226,23 @@ def test_what_is_shown_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> 
     assert shown.count(strange) == 2
     screen.show_error(OverleapError(strange, strange))
     screen.note(strange)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("width", [20, 40, 60, 200])
+def test_no_figure_of_a_table_is_lost_or_split(
+    width: int, terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = partial(Console, width=width, force_terminal=terminal, color_system=None)
+    monkeypatch.setattr(screen, "Console", console)
+    columns = ("key", "user", "tokens", "", "cost")
+    rows = [("abcdefgh", "someone", "12,345,678", "1.000001", f"{row}.000002") for row in range(3)]
+    screen.put_table("money in USD", columns, rows)
+    shown = capsys.readouterr().out
+    for cell in (*columns, *rows[0], *rows[2]):
+        assert cell in shown, cell
+    if terminal and width > 20:
+        assert max(map(len, shown.splitlines())) <= width
 
 
 @pytest.mark.parametrize(

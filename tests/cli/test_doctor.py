@@ -106,6 +106,8 @@ def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(preflight.shutil, "disk_usage", unseen)
     assert "cannot be seen" in found(checks(where), str(where)).value
+    monkeypatch.setattr(Path, "exists", unseen)  # as of folders in another user's home
+    assert "cannot be seen" in found(preflight._disk(where), str(where)).value
 
 
 def test_limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

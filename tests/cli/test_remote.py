@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from overleap.cli import app
+from overleap.cli import app, remote
 from overleap.errors import RequestError
 from tests.server.live import NAME, Live, live, scripted
 
@@ -55,6 +55,24 @@ def test_refusals_are_told_and_the_conversation_goes_on(server: Live) -> None:
     assert result.stderr.count("the server refused (404): the model 'other' is not served") == 2
     with pytest.raises(RequestError, match=r"refused \(401\)"):
         talk("--url", server.url)
+
+
+def test_an_answer_that_was_cut_is_said_to_be(server: Live) -> None:
+    options = ("--url", server.url, "--key", server.key(), "--no-thinking", "--max-tokens", "3")
+    assert talk(*options, text="one\n\n").stderr.count("the answer was cut") == 1
+    assert "was cut" not in talk(*options[:-1], "90", text="one\n\n").stderr
+
+
+def test_a_key_is_taken_as_it_was_meant_and_never_shown(server: Live) -> None:
+    assert talk("--url", server.url, "--key", f"{server.key()}\r\n").exit_code == 0
+    for key in ("ol-se\ncret", "ol\u2013secret"):
+        with pytest.raises(RequestError, match="characters that no key has") as refused:
+            talk("--url", server.url, "--key", key)
+        assert "cret" not in str(refused.value) and "cret" not in str(refused.value.hint)
+
+
+def test_halves_of_characters_are_shown_as_what_they_are_not() -> None:
+    assert remote._whole("a\ud83d") == "a?" and remote._whole("\U0001f600") == "\U0001f600"
 
 
 def test_addresses_that_are_none(tmp_path: Path) -> None:
