@@ -434,21 +434,6 @@ def test_a_mounted_disk_is_refused_before_hours_of_work(
     convert(tiny, tmp_path / "disk" / "model", "f32")
 
 
-def test_a_folder_that_may_not_be_looked_at(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    exists = Path.exists
-
-    def refuse(path: Path) -> bool:
-        if path.name == "closed":
-            raise PermissionError(13, "Permission denied")
-        return exists(path)
-
-    monkeypatch.setattr(Path, "exists", refuse)
-    with pytest.raises(CheckpointError, match="closed cannot be looked at: Permission denied"):
-        convert(tiny, tmp_path / "closed", "f32")
-
-
 def test_verify_needs_a_manifest_when_asked(tiny: Path, tmp_path: Path) -> None:
     (tiny / manifest.MANIFEST).unlink()
     with pytest.raises(CheckpointError, match="cannot be verified"):

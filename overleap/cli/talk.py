@@ -34,7 +34,7 @@ from overleap.cli.kept import Keeping, default_folder
 from overleap.cli.preflight import preflight
 from overleap.cli.remote import Remote, conversation
 from overleap.cli.room import Room, open_front
-from overleap.cli.session import open_session
+from overleap.cli.session import Session, open_session
 from overleap.errors import OverleapError, RequestError, StateError
 
 AROUND_QUESTION = 16  # tokens of a prompt beside document and question, and one torn by the cut
@@ -90,8 +90,7 @@ def ask(
                 "verified": told.verified,
             }
         )
-    session.close(told.finish.usage)
-    _tell_cut(told.finish)
+    _end(session, told.finish)
 
 
 @app.command()
@@ -158,12 +157,12 @@ def chat(
         if told.reply.reasoning:
             answer["reasoning_content"] = told.reply.reasoning
         messages = [*said, answer]
-        session.close(told.finish.usage)
-        _tell_cut(told.finish)
+        _end(session, told.finish)
 
 
-def _tell_cut(finish: Any) -> None:
-    """That an answer is not whole, which cannot be seen on it."""
+def _end(session: Session, finish: Any) -> None:
+    """What an answer took, and that it is not whole, which cannot be seen on it."""
+    session.close(finish.usage)
     if finish.reason == "length":
         tokens = finish.usage.generated_tokens
         screen.note(f"the answer was cut after {tokens:,} tokens, --max-tokens allows more")

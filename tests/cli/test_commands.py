@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from overleap.checkpoint import locate
+from overleap.checkpoint.files import staged
 from overleap.cli import app, screen
 from overleap.cli.demo import demo
 from overleap.config import ModelConfig
-from overleap.errors import OverleapError
+from overleap.errors import CheckpointError, OverleapError
 from tests.checkpoints import random_tensors, tiny_config, write_checkpoint
 
 
@@ -226,6 +227,20 @@ def test_what_is_shown_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> 
     assert shown.count(strange) == 2
     screen.show_error(OverleapError(strange, strange))
     screen.note(strange)
+
+
+def test_a_folder_that_may_not_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with (
+        pytest.raises(CheckpointError, match="closed cannot be looked at: Permission denied"),
+        staged(tmp_path / "closed"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("terminal", [False, True])
