@@ -93,7 +93,7 @@ class PrefixCache:
     """Prefixes that sequences left behind. It holds references on their pages.
 
     snapshot_bytes  budget of the snapshots, outside the page pool; 0 keeps nothing
-    model_digest    names the weights: pages of other weights never match
+    model_digest    names the weights and what computes: pages of others never match
     disk            where all that is kept goes as well, and is found when memory has it no more
 
     Held pages need no budget of their own: they stand in for free ones until `reclaim` is

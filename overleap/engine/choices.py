@@ -7,14 +7,13 @@ built model; what it returns is noted and passed on untouched.
 """
 
 from collections.abc import Callable
+from copy import copy
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, cast
 
 from torch import Tensor
 
 from overleap.engine.request import Chosen
-from overleap.kernels.spec import Ops
 from overleap.model.transformer import Transformer
 
 
@@ -32,8 +31,9 @@ class Choices:
                 continue
             self._ratios[number] = attention.ratio
             noted = partial(self._note, number, attention.ops.index_topk)
-            wrapped = SimpleNamespace(**{**vars(attention.ops), "index_topk": noted})
-            attention.ops = cast(Ops, wrapped)
+            wrapped = copy(attention.ops)  # coarse ops that are composed are methods of its class
+            vars(wrapped)["index_topk"] = noted
+            attention.ops = wrapped
 
     def _note(self, layer: int, choose: Callable[..., Tensor], *given: Any) -> Tensor:
         chosen_TK = choose(*given)

@@ -43,6 +43,7 @@ from overleap.engine.sampler import score
 from overleap.engine.scheduler import Job, Part, Place, Scheduler, all_can_finish
 from overleap.engine.speculate import Speculator
 from overleap.errors import BackendError, ConfigError, OverleapError, RequestError
+from overleap.kernels import identity
 from overleap.model.transformer import Transformer
 
 _NO_HIT = Hit(None, (), 0)
@@ -96,8 +97,12 @@ class Engine:
         self._cache = Cache(
             model.config, pages=pages, slots=slots, format=format, device=model.device
         )
+        computes = identity(model.ops, model.device.type, str(model.dtype))
         self._prefix = PrefixCache(
-            self._cache, snapshot_bytes=snapshot_bytes, model_digest=model_digest, disk=disk
+            self._cache,
+            snapshot_bytes=snapshot_bytes,
+            model_digest=f"{model_digest} {computes}",
+            disk=disk,
         )
         self._speculator = Speculator(model, self._cache, speculate, self._prefix.enabled)
         self._pace, self._choices = Pace(), choices

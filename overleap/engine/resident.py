@@ -84,6 +84,7 @@ class Resident:
         self, number: int, x_TD: Tensor, ids_T: Tensor, chosen_TX: Tensor
     ) -> Iterator[slice]:
         """Ranges of tokens to compute in turn; when one is handed out, its experts are there."""
+        chosen_TX = chosen_TX.cpu()  # once, where the router runs on a device
         self._shelf.use(number, chosen_TX)
         for tokens, needed in self._shelf.cut(chosen_TX):
             self._shelf.hold(number, needed)

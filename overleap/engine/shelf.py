@@ -199,7 +199,8 @@ class Shelf:
             with self._changed:
                 self._state[key] = HERE if error is None else GONE
                 self._held -= 0 if error is None else self._size[key]
-                self._error = self._error or error
+                if self._needed[key]:  # else it was only expected, and is asked for where it is
+                    self._error = self._error or error
                 self._changed.notify_all()
 
     def _job(self) -> tuple[int, list[int]] | None:

@@ -9,9 +9,11 @@ comes first on a device whose row is empty, elsewhere it serves what ours lacks.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from typing import Any
 
 from overleap.devices import KINDS
@@ -64,6 +66,19 @@ def native(wanted: str = "auto", device: str = "cpu") -> bool:
     return all(
         row.backend != DEFINITION or row.op in LEFT_TO_TORCH for row in table(wanted, device)
     )
+
+
+def identity(ops: Ops, device: str, dtype: str) -> str:
+    """Names what computes, in 16 hex digits: where it differs, rows of equal texts may.
+
+    device, dtype  the type of device, and of activations
+    """
+    parts = [version("overleap"), device, dtype]
+    with suppress(ImportError):
+        parts.append(import_module("overleap.kernels.cpu._native").isa())
+    for name, op in sorted(vars(ops).items()):
+        parts.append(f"{name} {getattr(op, '__module__', type(op).__module__)}")
+    return sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def recording(spans: Spans, ratios: tuple[int, ...], most_bytes: int) -> Any:

@@ -159,3 +159,8 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations."""
+        return self.embed.weight.dtype

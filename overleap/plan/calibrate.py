@@ -6,6 +6,7 @@ records are read as JSON; eval/record.py writes them, and checks all of what the
 predict.py (bounds by makers' figures).
 """
 
+import datetime
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -296,7 +297,7 @@ def check(runs: Sequence[Run]) -> list[Checked]:
         others = [other for other in runs if other.date != run.date]
         near, own = relevant(run.config, others, run.where, run.commit)
         step, read = rates(near), rates(near, reading=True)
-        rest = reserve([other for other in others if other.where.cpu == run.where.cpu])
+        rest = reserve(_latest(run, [one for one in others if one.where.cpu == run.where.cpu]))
         found.append(
             Checked(
                 run,
@@ -308,6 +309,17 @@ def check(runs: Sequence[Run]) -> list[Checked]:
             )
         )
     return found
+
+
+def _latest(run: Run, others: Sequence[Run]) -> list[Run]:
+    """Those of the record that is nearest in time: what a process takes changes with the code."""
+
+    def apart(other: Run) -> datetime.timedelta:
+        when = map(datetime.datetime.fromisoformat, (run.date, other.date))
+        return abs(next(when) - next(when))
+
+    nearest = min(map(apart, others), default=None)
+    return [other for other in others if apart(other) == nearest]
 
 
 def _taken(run: Run) -> int:

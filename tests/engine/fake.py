@@ -49,11 +49,11 @@ def next_logits(ids: list[int]) -> torch.Tensor:
 
 
 class FakeModel:
-    """Stands where a Transformer does: config, device, ops, and a call that advances sequences."""
+    """Stands where a Transformer does: config, device, dtype, ops, calls that advance sequences."""
 
     def __init__(self) -> None:
         self.config = CONFIG
-        self.device = torch.device("cpu")
+        self.device, self.dtype = torch.device("cpu"), torch.float32
         self.ops = select()
         self.watchers = {"the test"}  # its steps are no calls of ops that could be recorded
         self.steps: list[list[int]] = []  # tokens of each sequence in each step

@@ -12,6 +12,7 @@ import pytest
 
 from overleap.cache.disk import DiskTier
 from overleap.cache.layout import CacheFormat
+from overleap.kernels import native, select
 from tests.engine.restart import Said, ask, make_engine, make_model, prompt_of
 from tests.oracles.steady import Steady
 
@@ -57,3 +58,16 @@ def test_found_after_a_restart(
         far = max(far, after.far_from(before))
     print(f"largest distance {far:.1e}")
     assert far <= TOLERANCE
+
+
+@pytest.mark.skipif(not native(), reason="there is no native code here")
+def test_rows_that_others_computed_are_not_taken(tmp_path: Path, seed: int) -> None:
+    """Theirs may round otherwise: an answer is of who gives it, whoever read its prompt before."""
+    prompt = prompt_of(seed, 300)
+    with DiskTier(tmp_path / "kept", space_bytes=10**10) as disk:
+        for backend in ("auto", "torch"):
+            model = make_model(seed)
+            model.ops = select(backend)
+            for cached in (0, 256):
+                said = ask(make_engine(model, CacheFormat.RELEASE, disk), prompt)
+                assert said.cached == cached, backend

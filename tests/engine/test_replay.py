@@ -134,9 +134,9 @@ def test_native_code_of_others_is_not_left_out(seed: int) -> None:
     assert of(cache).off and not of(cache).kept
 
 
-@needs_native
-def test_who_wants_choices_gets_those_of_the_step(seed: int) -> None:
-    model = make(seed)
+@pytest.mark.parametrize("backend", ["torch", pytest.param("auto", marks=needs_native)])
+def test_who_wants_choices_gets_those_of_the_step(seed: int, backend: str) -> None:
+    model = make(seed, backend=backend)
     choices, cache = Choices(model), made(model, CacheFormat.RELEASE)
     text = cache.open()
     cache.reserve(text, 600)
@@ -149,7 +149,7 @@ def test_who_wants_choices_gets_those_of_the_step(seed: int) -> None:
             for one in choices.of(0, text.length):
                 most = min(one.visible, model.config.index_topk)
                 assert len(one.entries) == most and max(one.entries, default=-1) < one.visible
-    assert of(cache).kept
+    assert backend == "torch" or of(cache).kept
 
 
 @needs_native

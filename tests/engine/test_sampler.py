@@ -159,6 +159,12 @@ def test_tokens_do_not_change_between_releases(ops: Ops) -> None:
         assert sample(logits_RV[index], Draw(sampling, 77, index), ops).id == chosen
 
 
+def test_more_candidates_than_tokens_are_all_of_them(seed: int, ops: Ops) -> None:
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(seed))
+    draws = (Draw(Sampling(top_k=top_k), seed, 1) for top_k in (None, 300, 301, 2**63, 10**30))
+    assert len({sample(logits, draw, ops).id for draw in draws}) == 1
+
+
 def test_only_allowed_tokens_are_chosen(seed: int, ops: Ops) -> None:
     """Bit id % 8 of byte id // 8; the log-probabilities stay those of the whole row."""
     logits = torch.randn(300, generator=torch.Generator().manual_seed(seed))

@@ -11,7 +11,7 @@ import torch
 from overleap.checkpoint.files import Shard, Writer, read_header
 from overleap.checkpoint.pages import PAGE, Extent, Pages
 from overleap.checkpoint.table import Damaged, Problem
-from overleap.engine.shelf import Counts, Shelf
+from overleap.engine.shelf import GONE, Counts, Shelf
 
 LAYERS, EXPERTS = 3, 8
 
@@ -190,3 +190,20 @@ def test_a_file_that_fails_is_told(made: Callable[[int], Shelf], watched: Watche
     shelf.age(1)
     run(shelf, 0, [[0, 1]])
     assert watched.there == {0, 1}
+
+
+def test_a_guess_that_cannot_be_read_fails_nothing(
+    made: Callable[[int], Shelf], watched: Watched
+) -> None:
+    shelf = made(4)
+    run(shelf, 0, [[0, 1]])
+    watched.broken = True
+    shelf.expect(1, [5])
+    for _ in range(500):
+        if shelf._state[EXPERTS + 5] == GONE and not shelf._later:
+            break
+        time.sleep(0.01)
+    shelf.age(1)
+    run(shelf, 0, [[0, 1]])  # both are there
+    with pytest.raises(Damaged):
+        run(shelf, 1, [[5]])

@@ -17,7 +17,7 @@ from overleap.checkpoint import load, locate
 from overleap.cli import app
 from overleap.errors import BackendError
 from overleap.eval.logits import all_logits
-from overleap.kernels import backends, native, select, shortfall, table
+from overleap.kernels import backends, identity, native, select, shortfall, table
 from overleap.kernels.conformance import conform
 from overleap.kernels.spec import LEFT_TO_TORCH, OP_NAMES, Spans
 from overleap.kernels.torch.linear import hadamard
@@ -215,6 +215,18 @@ def test_only_missing_native_code_means_that_no_step_is_recorded(
     monkeypatch.setitem(sys.modules, "overleap.kernels.cpu.tape", None)
     with pytest.raises(ImportError, match="tape"):
         kernels.recording(spans, (4,), 0)
+
+
+def test_what_computes_has_a_name(chip: str) -> None:
+    """Kept rows are of those who computed them: another backend, device or dtype is another."""
+    ours, torchs, theirs = select(), select("torch"), select(chip)
+    names = {
+        identity(ours, "cpu", "torch.bfloat16"), identity(ours, "cpu", "torch.float32"),
+        identity(ours, "cuda", "torch.bfloat16"), identity(theirs, "cpu", "torch.bfloat16"),
+    }  # fmt: skip
+    assert len(names) == 4
+    assert identity(select(), "cpu", "torch.bfloat16") in names
+    assert (identity(torchs, "cpu", "torch.bfloat16") in names) is not native()
 
 
 def test_what_is_left_to_torch_says_why() -> None:

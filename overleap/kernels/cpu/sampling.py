@@ -32,7 +32,7 @@ def sample(
         rows,
         vocabulary,
         [choice.temperature for choice in choices],
-        [vocabulary if choice.top_k is None else choice.top_k for choice in choices],
+        [min(choice.top_k or vocabulary, vocabulary) for choice in choices],
         [choice.top_p for choice in choices],
         [choice.min_p for choice in choices],
         [choice.number for choice in choices],
