@@ -26,7 +26,7 @@ class Skimmer:
     """Advances sequences and chooses tokens by their number."""
 
     config = replace(CONFIG, max_position_embeddings=PAGES * PAGE_TOKENS)
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.float32
     ops = select()
     watchers = ("the test",)
     every = torch.eye(VOCABULARY)
