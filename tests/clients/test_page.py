@@ -85,6 +85,17 @@ def ended(page: Any) -> None:
     playwright.expect(page.locator("#send")).to_be_enabled(timeout=WAIT_MS)
 
 
+def a_day_of(tokens: int, folder: Path) -> Path:
+    """Tiers that leave whoever asks so many tokens."""
+    tiers = folder / "tiers.toml"
+    tiers.write_text(
+        'currency = "USD"\n'
+        f"[tiers.admin]\nadmin = true\ntokens_per_day = {tokens}\n"
+        "price_per_million = { cache_hit = 0, cache_miss = 0, output = 0 }\n"
+    )
+    return tiers
+
+
 def keep(page: Any, name: str) -> None:
     ARTEFACTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=ARTEFACTS / f"{name}.png")
@@ -205,13 +216,7 @@ def test_only_text_is_attached(page: Any) -> None:
 
 
 def test_an_answer_that_was_cut_says_so(browser: Any, tmp_path: Path) -> None:
-    tiers = tmp_path / "tiers.toml"
-    tiers.write_text(
-        'currency = "USD"\n'
-        "[tiers.admin]\nadmin = true\ntokens_per_day = 20\n"
-        "price_per_million = { cache_hit = 0, cache_miss = 0, output = 0 }\n"
-    )
-    with live(tmp_path, scripted(script), tiers=tiers) as server:
+    with live(tmp_path, scripted(script), tiers=a_day_of(20, tmp_path)) as server:
         page = browser.new_page()
         page.goto(server.url)
         playwright.expect(page.locator("#server")).to_contain_text("20")
@@ -247,13 +252,7 @@ def test_progress_of_a_long_prompt_is_shown(browser: Any, tmp_path: Path) -> Non
 
 
 def test_a_used_up_quota_is_told(browser: Any, tmp_path: Path) -> None:
-    tiers = tmp_path / "tiers.toml"
-    tiers.write_text(
-        'currency = "USD"\n'
-        "[tiers.admin]\nadmin = true\ntokens_per_day = 5\n"
-        "price_per_million = { cache_hit = 0, cache_miss = 0, output = 0 }\n"
-    )
-    with live(tmp_path, scripted(script), tiers=tiers) as server:
+    with live(tmp_path, scripted(script), tiers=a_day_of(5, tmp_path)) as server:
         page = browser.new_page()
         page.goto(server.url)
         playwright.expect(page.locator("#server")).to_contain_text("5")
