@@ -297,7 +297,7 @@ def check(runs: Sequence[Run]) -> list[Checked]:
         others = [other for other in runs if other.date != run.date]
         near, own = relevant(run.config, others, run.where, run.commit)
         step, read = rates(near), rates(near, reading=True)
-        rest = reserve(_latest(run, [one for one in others if one.where.cpu == run.where.cpu]))
+        rest = reserve(_nearest(run, [one for one in others if one.where.cpu == run.where.cpu]))
         found.append(
             Checked(
                 run,
@@ -311,13 +311,13 @@ def check(runs: Sequence[Run]) -> list[Checked]:
     return found
 
 
-def _latest(run: Run, others: Sequence[Run]) -> list[Run]:
+def _nearest(run: Run, others: Sequence[Run]) -> list[Run]:
     """Those of the record that is nearest in time: what a process takes changes with the code."""
 
     def apart(other: Run) -> datetime.timedelta:
-        when = map(datetime.datetime.fromisoformat, (run.date, other.date))
-        return abs(next(when) - next(when))
+        return abs(datetime.datetime.fromisoformat(other.date) - when)
 
+    when = datetime.datetime.fromisoformat(run.date)
     nearest = min(map(apart, others), default=None)
     return [other for other in others if apart(other) == nearest]
 
