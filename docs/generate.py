@@ -15,7 +15,7 @@ import typer
 import overleap.errors
 from overleap.cli import app
 from overleap.eval.record import Record, Scalar, read
-from overleap.kernels import spec
+from overleap.kernels import spans, spec
 from overleap.kernels.conformance import RULES
 from overleap.kernels.cost import COSTS
 
@@ -56,13 +56,13 @@ def _row(parameter: click.Parameter) -> str:
 
 
 def ops() -> str:
-    """The contract of every op, as declared in kernels/spec.py."""
+    """The contract of every op, as declared in kernels/spec.py and kernels/spans.py."""
     tree = ast.parse(inspect.getsource(spec))
     protocol = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Ops")
     out = [NOTE, "# Ops\n", inspect.cleandoc(spec.Ops.__doc__ or "") + "\n"]
     (letters,) = (p for p in (spec.__doc__ or "").split("\n\n") if p.startswith("Letters"))
     out.append(f"## What arguments are\n\n{letters.strip()}\n")
-    for part in tree.body:
+    for part in [*tree.body, *ast.parse(inspect.getsource(spans)).body]:
         text = ast.get_docstring(part) if isinstance(part, ast.ClassDef) else None
         if isinstance(part, ast.ClassDef) and part is not protocol and text:
             out.append(f"```\n{part.name}\n\n{text}\n```\n")

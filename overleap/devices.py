@@ -8,6 +8,7 @@ import importlib
 import platform
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -213,6 +214,14 @@ def multiplies_bf16(device: "torch.device") -> bool:
 def has_float64(device: "torch.device") -> bool:
     """Whether it has the type, by the table: nothing is asked of torch, a token can afford it."""
     return all(kind.float64 for kind in KINDS if kind.type == device.type)
+
+
+def current(device: "torch.device") -> AbstractContextManager[None]:
+    """While it lasts, the device is this thread's own: Triton launches kernels there, wherever
+    their tensors are."""
+    import torch
+
+    return torch.accelerator.device_index(device.index)
 
 
 def synchronise(device: "torch.device") -> None:

@@ -3,7 +3,8 @@
 A step of few tokens on small weights takes longer to be said than to be computed. Steps with as
 many tokens of as many sequences, that complete as many entries, make the same calls on the same
 memory; what differs lies in a few tensors, which are filled anew. All that decides which calls are
-made is in `_key`. Not here: recording itself (kernels/cpu/tape.py).
+made is in `_key`. Not here: recording itself, of native calls (kernels/cpu/tape.py) or of what a
+device is given (kernels/graph.py).
 """
 
 from collections import Counter, OrderedDict
@@ -17,12 +18,14 @@ from torch import Tensor
 
 from overleap.cache.state import Cache
 from overleap.config import CSA_RATIO, HCA_RATIO
+from overleap.kernels import recordable
 from overleap.kernels import recording as record
-from overleap.kernels.spec import Spans
+from overleap.kernels.spans import Spans
 from overleap.model.transformer import Batch, Output, Transformer
 
 MOST_TOKENS = 16  # of a step that is recorded: more are worth their saying
-MOST_BYTES = 8 * 2**20  # that recordings of a cache hold
+MOST_BYTES = 8 * 2**20  # that recordings of a cache hold on a CPU
+MOST_DEVICE_BYTES = 256 * 2**20  # and of a device's memory, its driver's part included
 LEAST_KEPT = 4  # recordings that must fit: how far sequences are into a block goes round
 OFTEN = 3  # times that a step comes before it is recorded, which takes as long as a few of it
 MOST_SEEN = 1024
@@ -37,16 +40,17 @@ def step(model: Transformer, batch: Batch, cache: Cache) -> Output:
         output: Output = model(batch, cache)
         return output
     key = _key(model, batch.spans, batch.rows)
-    if (played := records.find(key)) is not None:
-        found = played.again(batch.spans, batch.ids_T)
-        batch.advance()
-        return Output(*found)
 
     def said() -> tuple[Tensor, ...]:
-        output = model(batch, cache)
+        output = model.compute(batch, cache)
         return output.logits, output.hidden, output.streams
 
-    return Output(*records.say(key, batch.spans, RATIOS, (batch.ids_T,), said))
+    if (played := records.find(key)) is not None:
+        found = played.again(batch.spans, batch.ids_T)
+    else:
+        found = records.say(key, batch.spans, RATIOS, (batch.ids_T,), said)
+    batch.advance()
+    return Output(*found)
 
 
 def draft(
@@ -87,6 +91,11 @@ class Replays:
     seen: Counter[Key] = field(default_factory=Counter)
     large: set[Key] = field(default_factory=set)
 
+    @property
+    def most_bytes(self) -> int:
+        """That its recordings hold."""
+        return MOST_BYTES if self.model.device.type == "cpu" else MOST_DEVICE_BYTES
+
     def find(self, key: Key) -> "Played | None":
         """What was recorded of a step like this."""
         played = self.kept.get(key)
@@ -109,14 +118,13 @@ class Replays:
         """
         self.seen[key] += 1
         often = self.seen[key] >= OFTEN and key not in self.large and not self.off
-        recording = record(spans, ratios, MOST_BYTES // LEAST_KEPT) if often else None
+        recording = record(spans, ratios, self.most_bytes // LEAST_KEPT) if often else None
         if recording is None:
             if len(self.seen) > MOST_SEEN:
                 self.seen.clear()
                 self.large.clear()
             return said()
-        with recording:
-            results = said()
+        results = recording.of(said)
         self._keep(key, Played(given, results, recording))
         return _copied(results)
 
@@ -128,7 +136,7 @@ class Replays:
             self.off = True
             return
         self.kept[key] = played
-        while sum(one.recording.nbytes for one in self.kept.values()) > MOST_BYTES:
+        while sum(one.recording.nbytes for one in self.kept.values()) > self.most_bytes:
             oldest, _ = self.kept.popitem(last=False)
             del self.seen[oldest]
 
@@ -151,18 +159,14 @@ class Played:
 
 def _records(model: Transformer, cache: Cache, spans: Spans) -> Replays | None:
     """Those of the model on the cache, None where a step is not to be recorded."""
-    small = spans.offset[-1] <= MOST_TOKENS and model.device.type == "cpu"
-    if not small or model.watchers:
+    if spans.offset[-1] > MOST_TOKENS or model.watchers:
         return None
     known = _REPLAYS.get(cache)
     if known is None or known.model is not model or known.assigned != model.assigned:
-        known = _REPLAYS[cache] = Replays(model, model.assigned, off=not _all_ours(model))
+        known = _REPLAYS[cache] = Replays(
+            model, model.assigned, off=not recordable(model.ops, model.device.type)
+        )
     return known
-
-
-def _all_ours(model: Transformer) -> bool:
-    """Whether all ops are the project's: another's native code would go unseen and be left out."""
-    return all(op.__module__.startswith("overleap.kernels.") for op in vars(model.ops).values())
 
 
 def _copied(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -178,6 +182,7 @@ def _key(model: Transformer, spans: Spans, rows: Tensor | None) -> Key:
         tuple(last - first for first, last in spans.emitted(HCA_RATIO)),
         max(last for _, last in blocks) > model.config.index_topk,
         spans.table_BP.shape[1],
+        spans.reach,
         None if rows is None else tuple(rows.tolist()),
         torch.get_num_threads(),
     )

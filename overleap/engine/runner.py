@@ -11,7 +11,7 @@ from torch import Tensor
 
 from overleap.cache.state import Cache, Sequence
 from overleap.engine import replay
-from overleap.kernels.spec import Spans
+from overleap.kernels.spans import Spans
 from overleap.model.transformer import Batch, Output, Transformer
 
 Rows = list[tuple[Sequence, list[int], int]]

@@ -18,11 +18,12 @@ from overleap.cache.layout import CacheFormat
 from overleap.cache.pool import row_formats
 from overleap.cache.state import Cache, LayerCache
 from overleap.config import RATIO_OF_KIND, LayerKind, ModelConfig
-from overleap.devices import free_bytes, synchronise
+from overleap.devices import current, free_bytes, synchronise
 from overleap.errors import CapacityError
 from overleap.kernels.conformance import Ceilings, Verdict
 from overleap.kernels.cost import Cost, Unit, cost
-from overleap.kernels.spec import Ops, Pool, Spans
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Ops, Pool
 from overleap.machine import size
 
 CPU = torch.device("cpu")
@@ -205,7 +206,7 @@ class _Step:
         calls = [call(layer) for layer in layers]
         op, first = calls[0]
         run = getattr(self.ops, op)
-        with torch.inference_mode():
+        with torch.inference_mode(), current(device):
             run(*first)  # the first call allocates
             synchronise(device)
             for _ in range(repeats):

@@ -19,7 +19,9 @@ from typing import Any
 from overleap.devices import KINDS
 from overleap.errors import BackendError
 from overleap.kernels.composed import Assembled
-from overleap.kernels.spec import COARSE, LEFT_TO_TORCH, OP_NAMES, Ops, Spans
+from overleap.kernels.graph import Capture, capturable
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import COARSE, LEFT_TO_TORCH, OP_NAMES, Ops
 
 OWN = {
     "cpu": "overleap.kernels.cpu",
@@ -81,8 +83,19 @@ def identity(ops: Ops, device: str, dtype: str) -> str:
     return sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
+def recordable(ops: Ops, device: str) -> bool:
+    """Whether a step of these ops can be recorded on this type of device: on a CPU where all are
+    the project's own (another's native code would go unseen and be left out)."""
+    if device != "cpu":
+        return capturable(ops)
+    return all(op.__module__.startswith("overleap.kernels.") for op in vars(ops).values())
+
+
 def recording(spans: Spans, ratios: tuple[int, ...], most_bytes: int) -> Any:
-    """Records the native calls of a step of layers of these ratios; None without native code."""
+    """Records a step of layers of these ratios: its native calls, or what it gives a device. None
+    on a CPU without native code."""
+    if spans.position_T.device.type != "cpu":
+        return Capture(spans, most_bytes)
     try:
         import_module("overleap.kernels.cpu._native")
     except ImportError:  # `overleap kernels` says why

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overleap.kernels.spec import Experts, Joint, Ops, Pool, RowFormat, Spans, Weight
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Experts, Joint, Ops, Pool, RowFormat, Weight
 
 
 class Composed(Ops):

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from overleap.cache.layout import CacheFormat, entry_bytes, key_bytes
-from overleap.kernels.spec import Choice, Experts, Joint, Pool, RowFormat, Spans, Weight
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Choice, Experts, Joint, Pool, RowFormat, Weight
 
 Unit = Literal["f32", "bf16", "int8"]
 

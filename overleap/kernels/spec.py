@@ -9,14 +9,15 @@ P pages, E experts, X experts per token, F expert inner width, N outputs of a li
 V vocabulary, Y rows of logits.
 """
 
-from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol, Self
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from overleap.kernels.spans import Spans
 
 
 @dataclass(frozen=True)
@@ -154,70 +155,6 @@ class Pool:
     def per_page(self) -> int:
         """Rows in one page."""
         return self.rows.shape[1]
-
-
-@dataclass(frozen=True)
-class Spans:
-    """Which packed tokens belong to which sequence, and where each sequence stands.
-
-    start, count, slot  per sequence: absolute position of its first new token, new tokens, slot
-    offset              B + 1 row numbers into the packed tokens
-    position_T, slot_T  i64 [T]  absolute position and slot of every token
-    table_BP            i64 [B, P]  pages of every sequence, -1 beyond its last
-    kept                what is made of these once and used by many ops
-    """
-
-    start: tuple[int, ...]
-    count: tuple[int, ...]
-    slot: tuple[int, ...]
-    offset: tuple[int, ...]
-    position_T: Tensor
-    slot_T: Tensor
-    table_BP: Tensor
-    kept: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
-
-    @classmethod
-    def of(cls, parts: Sequence[tuple[int, int, int, Sequence[int]]], device: torch.device) -> Self:
-        """From (start, count, slot, pages) of every sequence."""
-        start, count, slot, pages = zip(*parts, strict=True)
-        offset = [0]
-        for n in count:
-            offset.append(offset[-1] + n)
-        position = torch.cat([torch.arange(s, s + n) for s, n in zip(start, count, strict=True)])
-        table = torch.full((len(parts), max(map(len, pages))), -1, dtype=torch.int64)
-        for row, numbers in enumerate(pages):
-            if numbers:  # by way of an array, which takes a long list in a quarter of the time
-                known = torch.frombuffer(array("q", numbers), dtype=torch.int64)
-                table[row, : len(numbers)] = known
-        return cls(
-            start,
-            count,
-            slot,
-            tuple(offset),
-            position.to(device),
-            torch.cat([torch.full((n,), s) for s, n in zip(slot, count, strict=True)]).to(device),
-            table.to(device),
-        )
-
-    def emitted(self, ratio: int) -> list[tuple[int, int]]:
-        """Per sequence, the blocks [first, last) of `ratio` tokens that this step completes."""
-        return [(s // ratio, (s + n) // ratio) for s, n in zip(self.start, self.count, strict=True)]
-
-    def begins(self, ratio: int) -> Tensor:
-        """i64 [completed]: position of the first token of every block that this step completes."""
-        if ratio not in self.kept:
-            first = [torch.arange(a, b) for a, b in self.emitted(ratio)]
-            self.kept[ratio] = (torch.cat(first) * ratio).to(self.position_T.device)
-        found: Tensor = self.kept[ratio]
-        return found
-
-    def last_rows(self, capacity: int) -> Tensor | None:
-        """Packed rows that survive in a ring of `capacity` rows; None means all of them."""
-        if max(self.count) <= capacity:
-            return None
-        ends = zip(self.offset[:-1], self.offset[1:], strict=True)
-        rows = [torch.arange(max(a, b - capacity), b) for a, b in ends]
-        return torch.cat(rows).to(self.position_T.device)
 
 
 @dataclass(frozen=True)

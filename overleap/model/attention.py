@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from overleap.cache.state import LayerCache
 from overleap.config import RATIO_OF_KIND, LayerKind, ModelConfig
-from overleap.kernels.spec import Joint, Ops, Spans, Weight
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Joint, Ops, Weight
 from overleap.model.compressor import Compressor
 from overleap.model.indexer import Indexer, IndexerTap
 from overleap.model.layers import Linear, RMSNorm, joint, parameter

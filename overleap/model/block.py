@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from overleap.cache.state import LayerCache
 from overleap.config import LayerKind, ModelConfig
-from overleap.kernels.spec import Ops, Spans
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Ops
 from overleap.model.attention import Attention
 from overleap.model.hyper import Connection, connection, register_connection
 from overleap.model.indexer import IndexerTap
@@ -42,16 +43,17 @@ class Block(nn.Module):
         tap: list[IndexerTap] | None = None,
     ) -> Tensor:
         """One step of this layer over packed tokens; writes the layer's cache."""
-        frequency, ops = self.frequency.to(x_TMD.device), self.ops
-        before_attn, before_ffn = self.stored
+        ops, (before_attn, before_ffn, frequency) = self.ops, self.stored
         y, post, comb = ops.hc_pre_norm(x_TMD, *before_attn)
         x_TMD = ops.hc_post(self.attn(y, layer, frequency, spans, tap), x_TMD, post, comb)
         y, post, comb = ops.hc_pre_norm(x_TMD, *before_ffn)
         return ops.hc_post(self.ffn(y, ids_T), x_TMD, post, comb)
 
     @cached_property
-    def stored(self) -> tuple[Collapse, Collapse]:
-        """What ops.hc_pre_norm wants before attention and before experts; weights in place."""
+    def stored(self) -> tuple[Collapse, Collapse, Tensor]:
+        """What ops.hc_pre_norm wants before attention and before experts, and the rotary
+        frequencies, where the weights are; these must be in place."""
         config, norms = self.config, (self.attn_norm.weight, self.ffn_norm.weight)
         attn, ffn = (connection(self, name, config) for name in ("attn", "ffn"))
-        return (*attn, norms[0]), (*ffn, norms[1])
+        frequency = self.frequency.to(norms[0].device)
+        return (*attn, norms[0]), (*ffn, norms[1]), frequency

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from overleap.cache import layout
 from overleap.config import RATIO_OF_KIND, LayerKind, ModelConfig
-from overleap.kernels.spec import Joint, Ops, Pool, Spans
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Joint, Ops, Pool
 from overleap.model.layers import Linear, RMSNorm, joint, parameter
 
 

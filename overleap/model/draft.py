@@ -8,7 +8,8 @@ from torch import Tensor
 
 from overleap.cache.state import LayerCache
 from overleap.config import LayerKind, ModelConfig
-from overleap.kernels.spec import Ops, Spans
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Ops
 from overleap.model.block import Block
 from overleap.model.hyper import collapse_head, register_head
 from overleap.model.layers import Linear, RMSNorm

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from overleap.config import LayerKind, ModelConfig
-from overleap.kernels.spec import Joint, Ops, Pool, Spans
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Joint, Ops, Pool
 from overleap.model.compressor import Compressor
 from overleap.model.layers import Linear, joint
 

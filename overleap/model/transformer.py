@@ -1,6 +1,6 @@
 """The whole model: embed, spread to streams, blocks, collapse, head. One step over packed tokens.
 
-It knows nothing of requests, text or devices. Read next: block.py, attention.py, cache/state.py.
+It knows nothing of requests or text. Read next: block.py, attention.py, cache/state.py.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from overleap.cache.state import Cache, Sequence
 from overleap.config import ModelConfig
+from overleap.devices import current
 from overleap.kernels import select
-from overleap.kernels.spec import Ops, Spans
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Ops
 from overleap.model.block import Block
 from overleap.model.draft import MTPBlock
 from overleap.model.hyper import collapse_head, register_head
@@ -122,14 +124,20 @@ class Transformer(nn.Module):
 
         tap  collects what the indexer's distillation loss needs, one record a CSA layer
         """
-        streams = self.config.hc_mult
-        x_TMD = self.embed(batch.ids_T)[:, None].expand(-1, streams, -1)
-        for block, layer in zip(self.layers, cache.layers, strict=False):
-            x_TMD = block(x_TMD, batch.ids_T, layer, batch.spans, tap)
-        wanted = x_TMD if batch.rows is None else x_TMD[batch.rows]
-        hidden = self.norm(collapse_head(self, wanted, self.config, self.ops))
+        output = self.compute(batch, cache, tap)
         batch.advance()
-        return Output(self.logits(hidden), hidden, x_TMD)
+        return output
+
+    def compute(self, batch: Batch, cache: Cache, tap: list[IndexerTap] | None = None) -> Output:
+        """The step without the advance: it may be computed again."""
+        streams = self.config.hc_mult
+        with current(self.device):
+            x_TMD = self.embed(batch.ids_T)[:, None].expand(-1, streams, -1)
+            for block, layer in zip(self.layers, cache.layers, strict=False):
+                x_TMD = block(x_TMD, batch.ids_T, layer, batch.spans, tap)
+            wanted = x_TMD if batch.rows is None else x_TMD[batch.rows]
+            hidden = self.norm(collapse_head(self, wanted, self.config, self.ops))
+            return Output(self.logits(hidden), hidden, x_TMD)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, D] -> f32 [N, V], never rounded to less: in bf16 the likeliest tokens often tie."""
@@ -152,8 +160,9 @@ class Transformer(nn.Module):
         block = self.mtp[stage]
         assert isinstance(block, MTPBlock)
         layer = cache.layers[self.config.num_hidden_layers + stage]
-        hidden, streams_TMD = block.draft(streams_TMD, self.embed(next_T), next_T, layer, spans)
-        return self.logits(hidden if rows is None else hidden[rows]), streams_TMD
+        with current(self.device):
+            hidden, streams_TMD = block.draft(streams_TMD, self.embed(next_T), next_T, layer, spans)
+            return self.logits(hidden if rows is None else hidden[rows]), streams_TMD
 
     @property
     def device(self) -> torch.device:

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch._dynamo.decorators import mark_unbacked
 
 from overleap.kernels.composed import Composed
-from overleap.kernels.spec import Experts, Pool, RowFormat, Spans, Weight
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Experts, Pool, RowFormat, Weight
 from overleap.kernels.torch import linear, orthogonalise, quant, sample
 from overleap.train.attend import Tiles, attend, choose, wide_type
 from overleap.train.spread import Spread

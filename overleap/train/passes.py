@@ -22,7 +22,7 @@ from overleap.cache.layout import CacheFormat
 from overleap.cache.state import Cache
 from overleap.checkpoint.table import Role, tensor_table
 from overleap.config import LayerKind
-from overleap.kernels.spec import Spans
+from overleap.kernels.spans import Spans
 from overleap.kernels.torch.quant import dequantize, fp4_weight, fp8_weight
 from overleap.model.block import Block
 from overleap.model.draft import MTPBlock

@@ -13,7 +13,7 @@ import torch
 from overleap.cache.state import Cache, Sequence
 from overleap.config import ModelConfig
 from overleap.kernels import select
-from overleap.kernels.spec import Spans
+from overleap.kernels.spans import Spans
 from overleap.model.transformer import Batch, Output
 
 VOCABULARY = 40

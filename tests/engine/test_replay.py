@@ -48,7 +48,7 @@ def drive(model: Transformer, cache: Cache, seed: int, steps: int = 160) -> Iter
     draw = random.Random(seed)
     texts = [cache.open() for _ in range(3)]
     for text in texts:
-        cache.reserve(text, 700)
+        cache.reserve(text, 1024)
     for _ in range(steps):
         chosen = texts[: draw.choice([1, 1, 2, 3])]
         if draw.random() < 0.05:
@@ -57,6 +57,8 @@ def drive(model: Transformer, cache: Cache, seed: int, steps: int = 160) -> Iter
             cache.rewind(chosen[0], chosen[0].length - 1)
         count = 40 if draw.random() < 0.05 else draw.choice([1, 1, 2])
         ids = [[draw.randrange(model.config.vocab_size) for _ in range(count)] for _ in chosen]
+        if max(text.length for text in chosen) + count > 1024:
+            return
         wanted = draw.choice([1, count])
         yield run(model, cache, [(t, i, wanted) for t, i in zip(chosen, ids, strict=True)])
 

@@ -7,7 +7,8 @@ pool = paged(at, ratio, values, RowFormat(...))   # values: one [S, width] per s
 import torch
 from torch import Tensor
 
-from overleap.kernels.spec import Pool, RowFormat, Spans
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Pool, RowFormat
 from overleap.kernels.torch.linear import quantize
 
 SIZES = (1, 63, 127, 129, 1000)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from overleap.kernels.spec import Pool, RowFormat, Spans
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Pool, RowFormat
 from overleap.kernels.torch import attention
 from overleap.kernels.torch.attention import attend, index_topk, page_write, window_write
 from overleap.kernels.torch.linear import quantize, values_of

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from overleap.kernels.spec import Spans
+from overleap.kernels.spans import Spans
 from overleap.kernels.torch.attention import window_write
 from overleap.kernels.torch.compress import compress
 from tests.kernels.paged import SIZES, layout

@@ -16,7 +16,8 @@ from overleap.errors import BackendError
 from overleap.kernels.composed import Assembled
 from overleap.kernels.conformance import conform
 from overleap.kernels.conformance.draw import KEY, KEY_SHORT, KV, KV_SHORT, WIDE, Draw
-from overleap.kernels.spec import Pool, RowFormat, Spans
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Pool, RowFormat
 from overleap.kernels.torch.attention import window_write
 from tests.kernels.native import cuts as slices
 from tests.kernels.native import isa

@@ -14,7 +14,8 @@ from torch import Tensor
 from overleap.errors import BackendError
 from overleap.kernels import select
 from overleap.kernels.conformance import conform
-from overleap.kernels.spec import Pool, RowFormat, Spans
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Pool, RowFormat
 from overleap.kernels.torch import attention as definition
 from tests.kernels.native import cuts, isa
 from tests.oracles.running import threads

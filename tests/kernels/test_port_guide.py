@@ -153,3 +153,21 @@ def test_pip_takes_the_folder(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     (written,) = (folder / "target").glob("*.dist-info/entry_points.txt")
     assert written.read_text().split() == ["[overleap.kernels]", "mychip", "=", "mychip"]
+
+
+@pytest.mark.slow
+def test_state_is_equal_with_the_backend(folder: Path) -> None:
+    """The command of section 5, for some of its ways; the chip's device is the CPU here."""
+    (found,) = re.findall(r"^(OVERLEAP_TEST_DEVICE=npu .*)$", GUIDE, re.MULTILINE)
+    *variables, python, _, module, tests = found.replace("npu", "cpu").split()
+    assert (python, module) == ("python", "pytest")
+    done = subprocess.run(
+        [sys.executable, "-m", module, tests, "-v", "-k", "wide and (batched or snapshot)"],
+        env=os.environ
+        | dict(variable.split("=") for variable in variables)
+        | {"PYTHONPATH": str(folder)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout[-3000:] + done.stderr

@@ -19,7 +19,8 @@ from overleap.errors import BackendError
 from overleap.eval.logits import all_logits
 from overleap.kernels import backends, identity, native, select, shortfall, table
 from overleap.kernels.conformance import conform
-from overleap.kernels.spec import LEFT_TO_TORCH, OP_NAMES, Spans
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import LEFT_TO_TORCH, OP_NAMES
 from overleap.kernels.torch.linear import hadamard
 
 ROOT = Path(__file__).resolve().parents[2]

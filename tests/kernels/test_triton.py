@@ -20,12 +20,14 @@ from overleap.errors import BackendError
 from overleap.kernels import select, table
 from overleap.kernels.conformance.draw import KEY, KV, Draw
 from overleap.kernels.spec import Experts
+from tests import pretend
 
 triton = pytest.importorskip("triton", reason="triton is not installed (the extra `cuda`)")
 if triton.knobs.runtime.interpret:
     pytest.skip("this process interprets kernels", allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parents[2]
+needs_pretend = pytest.mark.skipif(bool(pretend.missing()), reason=str(pretend.missing()))
 TYPES = {torch.float32: "*fp32", torch.int16: "*i16", torch.uint8: "*u8", torch.int64: "*i64"}
 SMALL_FLOATS = re.compile(r"\bf8E|\bf4E|\bf6E|e4m3|e5m2|e2m1|ue8m0", re.IGNORECASE)
 MODULES = ("attention", "compress", "linear", "rows", "streams")
@@ -180,10 +182,12 @@ def calls(draw: Draw) -> list[Callable[[Any], object]]:
     return some
 
 
-def interpret(*what: str, passing: int) -> None:
+def interpret(*what: str, passing: int, device: str = "cpu") -> None:
     """pytest in a process that interprets kernels; at least so many tests pass."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
-    variables = {"TRITON_INTERPRET": "1", "OVERLEAP_TEST_BACKEND": "triton"}
+    variables = {
+        "TRITON_INTERPRET": "1", "OVERLEAP_TEST_BACKEND": "triton", "OVERLEAP_TEST_DEVICE": device
+    }  # fmt: skip
     done = subprocess.run(
         [*command, "--timeout", "3500", *what],
         env=os.environ | variables,
@@ -202,24 +206,29 @@ def test_some_of_every_op_in_the_interpreter() -> None:
     interpret("tests/kernels/test_triton_interpreted.py", "-k", "every_op", passing=1)
 
 
-@pytest.mark.hours
-def test_tiles_of_cards_in_the_interpreter() -> None:
-    interpret("tests/kernels/test_triton_interpreted.py", "-k", "tiles", passing=2)
+@needs_pretend
+@pytest.mark.timeout(900)
+def test_some_steps_captured_on_a_pretend_device() -> None:
+    interpret("tests/engine/test_captured.py", "-k", "not bits", passing=3, device=pretend.NAME)
 
 
-@pytest.mark.hours
+@needs_pretend
+@pytest.mark.slow
+def test_steps_captured_on_a_pretend_device() -> None:
+    interpret("tests/engine/test_captured.py", "-k", "bits", passing=2, device=pretend.NAME)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["older", "hopper"])
+def test_tiles_of_cards_in_the_interpreter(row: str) -> None:
+    interpret("tests/kernels/test_triton_interpreted.py", "-k", f"tiles and {row}", passing=1)
+
+
+@pytest.mark.slow
 def test_all_of_every_op_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "overleap.cli", "conform", "--backend", "triton"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    interpret("tests/kernels/test_triton_interpreted.py", "-k", "all_cases", passing=1)
 
 
 @pytest.mark.hours
 def test_state_equivalence_in_the_interpreter() -> None:
-    """Of the ways to an equal state those that take the interpreter minutes, not hours."""
-    interpret("tests/test_state.py", "-k", "poison or clean or (snapshot and 128)", passing=9)
+    interpret("tests/test_state.py", passing=53)

@@ -2,6 +2,7 @@
 test_triton.py. The interpreter has its own row in tuning.toml; tiles of cards are tried here too.
 """
 
+import math
 import sys
 
 import pytest
@@ -29,6 +30,10 @@ def test_every_op(seed: int) -> None:
         "window_write", "page_write", "sample", "orthogonalise",
     }  # fmt: skip
     assert failures(seed, 0.2) == []
+
+
+def test_all_cases(seed: int) -> None:
+    assert failures(seed, math.inf) == []
 
 
 @pytest.mark.parametrize("row", ["older", "hopper"])

@@ -12,7 +12,8 @@ from torch import Tensor
 from overleap.cache.layout import CacheFormat
 from overleap.config import ModelConfig
 from overleap.kernels.composed import Assembled
-from overleap.kernels.spec import Ops, Pool, Spans
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Ops, Pool
 from overleap.kernels.torch.attention import entry_rows
 from overleap.kernels.torch.linear import values_of
 from tests.oracles import where

@@ -6,6 +6,7 @@ The device `pretend` is ../pretend. Without them: a CPU, and the backend that is
 """
 
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -23,13 +24,23 @@ def _device() -> torch.device:
 
 DEVICE = _device()
 BACKEND = os.environ.get("OVERLEAP_TEST_BACKEND", "auto")
-if os.environ.get("TRITON_INTERPRET") == "1":
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
     interpreted.quicken()
+    if DEVICE.type == pretend.NAME:
+        interpreted.lend()
 
 
 def ops() -> Ops:
     """Of the backend that is tested."""
     return select(BACKEND, DEVICE.type)
+
+
+def few(values: Sequence[int], most: int = 4) -> list[int]:
+    """All of them; in Triton's interpreter, which takes seconds a step, so many evenly spread."""
+    if not INTERPRETED or len(values) <= most:
+        return list(values)
+    return [values[n * (len(values) - 1) // (most - 1)] for n in range(most)]
 
 
 def exact(backend: str = BACKEND) -> bool:

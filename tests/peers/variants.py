@@ -26,7 +26,8 @@ from torch import Tensor
 from overleap.checkpoint.convert import parameters
 from overleap.checkpoint.table import tensor_table
 from overleap.eval.record import append, take
-from overleap.kernels.spec import Pool, Spans
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Pool
 from overleap.train import kept, loop, passes
 from overleap.train.data import Rows, Tasks, Text
 from overleap.train.losses import HIDDEN, Asked

@@ -217,3 +217,23 @@ def test_speed_is_measured_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         app, ["bench", "--versus", "transformers", "--device", pretend.NAME, *short]
     )
     assert isinstance(refused.exception, RequestError)
+
+
+def test_steps_run_with_their_device_as_the_current_one(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton launches kernels on the current device: on a second one that must be the second."""
+    seen: list[int | None] = []
+    own = torch.accelerator.device_index
+
+    def noted(index: int | None) -> Any:
+        seen.append(index)
+        return own(index)
+
+    monkeypatch.setattr(torch.accelerator, "device_index", noted)
+    config = tiny_config(seed)
+    model = build(config, random_tensors(config, seed))
+    cache = room(config, 9, CacheFormat.WIDE)
+    feed(model, cache, start(cache, 9), [1, 2, 3])
+    conform(model.ops, where.DEVICE, seed=seed, only=["hadamard"], enough_s=0)
+    assert seen == [0, None]  # tensors of a device know its number

@@ -6,7 +6,8 @@ Read next: cases.py, sequences.py (who draws what).
 import torch
 from torch import Tensor
 
-from overleap.kernels.spec import Pool, RowFormat, Spans, Weight
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Pool, RowFormat, Weight
 
 PAGE = 128  # tokens of a page: pools have 128 / ratio rows in one
 POISON = 255  # as bytes: NaN in e4m3, in bf16 and as a scale

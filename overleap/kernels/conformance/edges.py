@@ -27,7 +27,8 @@ from overleap.kernels.conformance.compare import (
 )
 from overleap.kernels.conformance.draw import KEY, KEY_SHORT, KV, KV_SHORT, Draw
 from overleap.kernels.conformance.exact import Exact
-from overleap.kernels.spec import Experts, Pool, Spans, Weight
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Experts, Pool, Weight
 
 NORMAL = 2.0**-126  # the smallest number that is not subnormal
 # Smallest and largest scales with which every value is finite, some subnormal; and those between.

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from overleap.kernels.spec import Experts, Pool, RowFormat, Spans, Weight
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Experts, Pool, RowFormat, Weight
 
 E4M3 = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)

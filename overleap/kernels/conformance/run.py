@@ -155,7 +155,8 @@ def conform(
             progress(done, len(wanted))
         # Each op has its own stream of numbers: `only` repeats a failure of the whole run.
         draw = Draw(seed + 1000 * list(CASES).index(name), torch.device(device))
-        verdicts += _try(ops, name, draw, timed, enough_s)
+        with devices.current(draw.device):
+            verdicts += _try(ops, name, draw, timed, enough_s)
     if progress:
         progress(len(wanted), len(wanted))
     return verdicts

@@ -12,7 +12,8 @@ from overleap.kernels.conformance import exact
 from overleap.kernels.conformance.cases import FLOATS, Case, nbytes
 from overleap.kernels.conformance.compare import all_of, best_entries, close, same_bytes
 from overleap.kernels.conformance.draw import KEY, KEY_SHORT, KV, KV_SHORT, WIDE, Draw
-from overleap.kernels.spec import Pool, RowFormat, Spans
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Pool, RowFormat
 
 # (start, count) of the sequences of a step: first chunk, decode, chunk across page borders, ...
 STEPS = {

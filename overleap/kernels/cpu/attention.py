@@ -14,7 +14,8 @@ from overleap.kernels.cpu import _native
 from overleap.kernels.cpu.linear import FLOAT, made, norm_weight, plain, tables
 from overleap.kernels.cpu.rows import rotary
 from overleap.kernels.cpu.tape import sequences
-from overleap.kernels.spec import Joint, Pool, RowFormat, Spans
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Joint, Pool, RowFormat
 
 _KIND = {"kv": 0, "key": 1, "wide": 2}
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from overleap.kernels.cpu import _native
 from overleap.kernels.cpu.linear import plain
 from overleap.kernels.cpu.tape import sequences
-from overleap.kernels.spec import Pool, Spans
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Pool
 
 MOST_POOLED = 256  # as in src/rows.h
 

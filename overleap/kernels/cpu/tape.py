@@ -8,15 +8,14 @@ too. Read next: engine/replay.py, src/tape.h.
 
 from collections.abc import Callable
 from functools import partial
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from overleap.kernels.cpu import _native
-from overleap.kernels.spec import Spans
+from overleap.kernels.spans import Spans
 
 _aten: Any = torch.ops.aten
 _ROOM = {_aten.empty.memory_format, _aten.empty_like.default}
@@ -49,7 +48,7 @@ def sequences(spans: Spans) -> Any:
 
 
 class Recording(TorchDispatchMode):
-    """Records the calls of this thread while it is entered; `play` makes them again, in order.
+    """Records what `of` is given to call; `play` makes its calls again, in order.
 
     spans    of the step that is recorded
     ratios   of its layers
@@ -61,7 +60,7 @@ class Recording(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.refused: str | None = None
         self.nbytes, self.large, self._most_bytes = 0, False, most_bytes
-        self._spans, self._ratios = spans, ratios
+        self._spans = spans
         for ratio in ratios:  # made here, they are no work of the step that would be repeated
             spans.begins(ratio)
         self._calls: list[Callable[[], object]] = []
@@ -72,19 +71,14 @@ class Recording(TorchDispatchMode):
         """No: else the first call imports the compiler, 140 MiB that nobody wants."""
         return False
 
-    def __enter__(self) -> Self:
-        super().__enter__()  # type: ignore[no-untyped-call]
-        self._go_on()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        _native.record(None)
-        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+    def of(self, said: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `said` returns, with the calls that it makes on this thread recorded."""
+        with self:
+            self._go_on()
+            try:
+                return said()
+            finally:
+                _native.record(None)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -119,14 +113,8 @@ class Recording(TorchDispatchMode):
 
     def play(self, spans: Spans) -> None:
         """Every call again, for sequences that stand elsewhere; results are where they were."""
-        own = self._spans
-        own.position_T.copy_(spans.position_T)
-        own.slot_T.copy_(spans.slot_T)
-        own.table_BP.copy_(spans.table_BP)
-        for ratio in self._ratios:
-            if len(own.begins(ratio)):
-                own.begins(ratio).copy_(spans.begins(ratio))
-        sequences(own).move(spans.start, spans.slot)
+        self._spans.follow(spans)
+        sequences(self._spans).move(spans.start, spans.slot)
         for call in self._calls:
             call()
 

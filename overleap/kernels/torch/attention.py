@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from overleap.cache.layout import TILE_BYTES
-from overleap.kernels.spec import Pool, Spans
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Pool
 from overleap.kernels.torch.linear import values_of
 
 TILE_VALUES = TILE_BYTES // 4  # f32 values in the largest temporary
@@ -25,16 +26,17 @@ def window_write(ring: Tensor, rows_T: Tensor, spans: Spans) -> None:
 
 def page_write(pool: Pool, rows_E: Tensor, ratio: int, spans: Spans) -> None:
     """See spec.Ops.page_write."""
-    blocks = spans.emitted(ratio)
     if not rows_E.shape[0]:
         return
-    device = rows_E.device
-    entry = torch.cat([torch.arange(a, b) for a, b in blocks]).to(device)
-    sequence = torch.repeat_interleave(
-        torch.arange(len(blocks)), torch.tensor([b - a for a, b in blocks])
-    ).to(device)
+    sequence, entry = spans.known(_completed, ratio)
     page = spans.table_BP[sequence, entry // pool.per_page]
     pool.rows[page, entry % pool.per_page] = rows_E
+
+
+def _completed(spans: Spans, ratio: int) -> Tensor:
+    """i64 [2, completed]: sequence and number of every entry that the step completes."""
+    pairs = [(b, e) for b, (a, z) in enumerate(spans.emitted(ratio)) for e in range(a, z)]
+    return torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T.contiguous()
 
 
 def attend(

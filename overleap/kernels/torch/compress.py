@@ -6,7 +6,7 @@ Not here: projections, norm, rotation and storage of the entry (model/compressor
 import torch
 from torch import Tensor
 
-from overleap.kernels.spec import Spans
+from overleap.kernels.spans import Spans
 
 
 def compress(rows_T2W: Tensor, tail: Tensor, ape: Tensor, ratio: int, spans: Spans) -> Tensor:

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from overleap.cache.layout import TILE_BYTES
-from overleap.kernels.spec import Pool, RowFormat, Spans
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Pool, RowFormat
 from overleap.kernels.triton.formats import narrow, row_tile, times, wide
 from overleap.kernels.triton.linear import FORMS, bits
 from overleap.kernels.triton.tuning import Tuning, pow2, tuning
@@ -34,7 +35,7 @@ def tiles(spans: Spans, size: int) -> Tensor:
         )
         for low in range(0, count, size)
     ]
-    return torch.tensor(rows, dtype=torch.int64).to(spans.position_T.device)
+    return torch.tensor(rows, dtype=torch.int64)
 
 
 @triton.jit
@@ -158,14 +159,14 @@ def attend(
     chosen = spans.table_BP if chosen_Tk is None else chosen_Tk.contiguous()
     pool, kinds = ring, [(WINDOW, sizes.attend_tokens, window)]
     if entries is not None and ratio:
-        pool, count = entries, max(last for _, last in spans.emitted(ratio))
+        pool = entries
         # A token's own choice is shared with no other token.
-        one = (VISIBLE, sizes.attend_tokens, count)
+        one = (VISIBLE, sizes.attend_tokens, spans.reach // ratio)
         kinds.append(one if chosen_Tk is None else (CHOSEN, 1, chosen.shape[1]))
     parts = []
     for rows, together, count in kinds:
         block = max(min(pow2(heads), sizes.attend_queries // together), 16 // together, 1)
-        plan, groups = tiles(spans, together), triton.cdiv(heads, block)
+        plan, groups = spans.known(tiles, together), triton.cdiv(heads, block)
         splits = _splits(sizes, plan.shape[0] * groups, count)
         parts.append((rows, together, block, plan, groups, splits))
     whole = sum(part[-1] for part in parts)
@@ -207,29 +208,30 @@ def score_entries(
     head = tile + tl.program_id(0) * 6
     first_row, count, b = tl.load(head), tl.load(head + 1), tl.load(head + 2)
     at = tl.load(head + 3)
-    m = tl.arange(0, BT * IP)
-    t, i = m // IP, m % IP
-    live = (t < count) & (i < I)
-    pair = (first_row + t) * I + i
-    query = row_tile(q + pair * row_bytes, live, KIND, J, 0, JP)
-    share = tl.load(weight + pair, mask=live, other=0.0)
-    e = (low + tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
-    there = (e < high) & (e < (at + count) // ratio)
-    page = tl.load(table + b * P + e // per_page, mask=there, other=0)
-    where = keys + (page * per_page + e % per_page) * row_bytes
-    rows = row_tile(where, there, KIND, J, 0, JP)
-    dots = times(query, tl.trans(rows), tl.zeros((BT * IP, BN), dtype=tl.float32), BF16)
-    dots = tl.where(dots < 0, 0.0, dots) * share[:, None]
-    score = tl.sum(tl.reshape(dots, (BT, IP, BN)), axis=1)
-    score = tl.where(score == 0, 0.0, score)  # -0.0 is 0.0
-    order = score.to(tl.int32, bitcast=True)
-    order = tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.int64)
-    key = (order << 31) | (0x7FFFFFFF - e)[None, :]
+    first = low + tl.program_id(1) * BN
+    e = (first + tl.arange(0, BN)).to(tl.int64)
     t = tl.arange(0, BT)
-    seen = e[None, :] < ((at + t + 1) // ratio)[:, None]
-    least = tl.full((BT, BN), -1, dtype=tl.int64) << 63
+    key = tl.full((BT, BN), -1, dtype=tl.int64) << 63
+    if first < (at + count) // ratio:  # else no token of the tile sees any of them
+        m = tl.arange(0, BT * IP)
+        live = (m // IP < count) & (m % IP < I)
+        pair = (first_row + m // IP) * I + m % IP
+        query = row_tile(q + pair * row_bytes, live, KIND, J, 0, JP)
+        share = tl.load(weight + pair, mask=live, other=0.0)
+        there = (e < high) & (e < (at + count) // ratio)
+        page = tl.load(table + b * P + e // per_page, mask=there, other=0)
+        where = keys + (page * per_page + e % per_page) * row_bytes
+        rows = row_tile(where, there, KIND, J, 0, JP)
+        dots = times(query, tl.trans(rows), tl.zeros((BT * IP, BN), dtype=tl.float32), BF16)
+        dots = tl.where(dots < 0, 0.0, dots) * share[:, None]
+        score = tl.sum(tl.reshape(dots, (BT, IP, BN)), axis=1)
+        score = tl.where(score == 0, 0.0, score)  # -0.0 is 0.0
+        order = score.to(tl.int32, bitcast=True)
+        order = tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.int64)
+        seen = e[None, :] < ((at + t + 1) // ratio)[:, None]
+        key = tl.where(seen, (order << 31) | (0x7FFFFFFF - e)[None, :], key)
     out = ranked + (first_row + t)[:, None] * wide_out + (e - low)[None, :]
-    tl.store(out, tl.where(seen, key, least), mask=(t < count)[:, None] & (e < high)[None, :])
+    tl.store(out, key, mask=(t < count)[:, None] & (e < high)[None, :])
 
 
 def index_topk(
@@ -238,9 +240,8 @@ def index_topk(
     """See spec.Ops.index_topk. Slices of entries are scored here and merged by torch.topk."""
     (tokens, heads), device = weight_TI.shape, weight_TI.device
     sizes, form = tuning(device), keys.format
-    plan, padded = tiles(spans, sizes.index_tokens), pow2(heads, 16)
-    q, weight = q_TI.contiguous(), weight_TI.contiguous()
-    count = max(last for _, last in spans.emitted(ratio))
+    plan, padded = spans.known(tiles, sizes.index_tokens), pow2(heads, 16)
+    q, weight, count = q_TI.contiguous(), weight_TI.contiguous(), spans.reach // ratio
     best = torch.full((tokens, k), NOTHING, dtype=torch.int64, device=device)
     block = sizes.index_entries
     slice_ = max(1, TILE_BYTES // (8 * tokens * block)) * block

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from overleap.kernels.spec import Spans
+from overleap.kernels.spans import Spans
 from overleap.kernels.triton.tuning import pow2
 
 CHANNELS = 64  # of an entry, in one program
@@ -40,22 +40,26 @@ def pool_rows(
     tl.store(out + tl.program_id(0) * C + c, pooled, mask=c < C)
 
 
-def compress(rows_T2W: Tensor, tail: Tensor, ape: Tensor, ratio: int, spans: Spans) -> Tensor:
-    """See spec.Ops.compress."""
-    width, overlapped = ape.shape[1], ratio == 4
-    channels = width // 2 if overlapped else width
-    plan = [
+def blocks(spans: Spans, ratio: int) -> Tensor:
+    """i64 [completed, 4]: block, first packed row of its sequence, position of that, slot."""
+    rows = [
         (number, spans.offset[b], spans.start[b], spans.slot[b])
         for b, (first, last) in enumerate(spans.emitted(ratio))
         for number in range(first, last)
     ]
-    device = rows_T2W.device
-    out = torch.empty((len(plan), channels), dtype=torch.float32, device=device)
-    if plan:
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 4)
+
+
+def compress(rows_T2W: Tensor, tail: Tensor, ape: Tensor, ratio: int, spans: Spans) -> Tensor:
+    """See spec.Ops.compress."""
+    width, overlapped = ape.shape[1], ratio == 4
+    channels = width // 2 if overlapped else width
+    plan = spans.known(blocks, ratio)
+    out = torch.empty((len(plan), channels), dtype=torch.float32, device=rows_T2W.device)
+    if len(plan):
         block = min(CHANNELS, pow2(channels))
         pool_rows[(len(plan), triton.cdiv(channels, block))](
-            rows_T2W.contiguous(), tail, ape, torch.tensor(plan, dtype=torch.int64).to(device), out,
-            width, channels, tail.shape[1], RATIO=ratio, OVERLAP=int(overlapped),
-            BR=pow2((1 + overlapped) * ratio), BC=block,
+            rows_T2W.contiguous(), tail, ape, plan, out, width, channels, tail.shape[1],
+            RATIO=ratio, OVERLAP=int(overlapped), BR=pow2((1 + overlapped) * ratio), BC=block,
         )  # fmt: skip
     return out

@@ -1,0 +1,172 @@
+"""Steps that a device was given as one have the bits of those that were given op by op.
+
+Skipped but in a process with the pretend device and Triton's interpreter: kernels/test_triton.py.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+from overleap.cache.layout import CacheFormat
+from overleap.cache.state import Cache
+from overleap.engine import replay
+from overleap.engine.replay import Replays
+from overleap.engine.runner import Follow, draft, step
+from overleap.kernels import recordable, select
+from overleap.kernels.composed import Assembled
+from overleap.kernels.mixed import mixed
+from overleap.kernels.spans import Spans
+from overleap.kernels.spec import Ops
+from overleap.model.transformer import Transformer
+from tests import pretend
+from tests.checkpoints import random_tensors, tiny_config
+from tests.oracles import where
+from tests.oracles.running import build
+from tests.pretend.graph import Graph
+
+if where.DEVICE.type != pretend.NAME or where.BACKEND != "triton":
+    pytest.skip("not on the pretend device with Triton's interpreter", allow_module_level=True)
+
+PLACES = (0, 118, 1014)  # where texts stand at first: shortly before a page, or many, are full
+
+
+@pytest.fixture(autouse=True)
+def _pretend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "Graph", Graph)
+    monkeypatch.setattr(torch, "Stream", lambda device: nullcontext())
+    monkeypatch.setattr(replay, "OFTEN", 1)
+    Graph.captured = Graph.replays = 0
+
+
+def drive(model: Transformer, cache: Cache, seed: int, steps: int = 26) -> Iterator[list[Tensor]]:
+    """Logits, the streams and the logits of a draft, of steps of some of three texts, a token or
+    two each; now and then one goes back."""
+    draw = random.Random(seed)
+    texts = [cache.open() for _ in PLACES]
+    for text, place in zip(texts, PLACES, strict=True):
+        cache.reserve(text, 1200)
+        text.length = place  # the rows before are what the cache was filled with
+    for _ in range(steps):
+        chosen = texts[draw.choice([0, len(texts) // 2, -1, -1]) :]
+        count = draw.choice([1, 1, 1, 1, 2])
+        if draw.random() < 0.1 and chosen[0].length > chosen[0].oldest + 1:
+            cache.rewind(chosen[0], chosen[0].length - 1)
+        ids = [[draw.randrange(model.config.vocab_size) for _ in range(count)] for _ in chosen]
+        starts = [text.length for text in chosen]
+        parts = [(text, own, count) for text, own in zip(chosen, ids, strict=True)]
+        output = step(model, cache, parts)
+        follows = [
+            Follow(text.slot, at, own, True)
+            for text, at, own in zip(chosen, starts, ids, strict=True)
+        ]
+        kept = [output.logits, output.streams.clone()]
+        yield [*kept, draft(model, cache, output.streams, follows)]
+
+
+def filled(model: Transformer, cache_format: CacheFormat, seed: int) -> Cache:
+    """A cache as if texts had been read: rows of random values everywhere."""
+    cache = Cache(model.config, pages=36, slots=3, format=cache_format, device=where.DEVICE)
+    noise, rounded = torch.Generator().manual_seed(seed), select("torch").quantize
+    for layer in cache.layers:
+        for pool in (layer.ring, layer.entries, layer.keys):
+            if pool is not None:
+                values = torch.randn(*pool.rows.shape[:-1], pool.format.width, generator=noise)
+                pool.rows.copy_(rounded(values, pool.format).to(where.DEVICE))
+        for tail in (layer.tail, layer.index_tail):
+            if tail is not None:
+                tail.copy_(torch.randn(tail.shape, generator=noise).to(where.DEVICE))
+    return cache
+
+
+def held(cache: Cache) -> list[Tensor]:
+    """Everything in it."""
+    found = []
+    for layer in cache.layers:
+        pools = [p.rows for p in (layer.ring, layer.entries, layer.keys) if p is not None]
+        found += [*pools, *(t for t in (layer.tail, layer.index_tail) if t is not None)]
+    return found
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.cpu().contiguous().view(torch.uint8)
+
+
+def small(seed: int, form: str, ops: Ops | None = None) -> Transformer:
+    sizes = {"hidden_size": 64, "hc_mult": 2, "index_n_heads": 2, "index_topk": 8}
+    config = tiny_config(seed, form, compress_ratios=(4, 128), **sizes)
+    return build(config, random_tensors(config, seed), ops)
+
+
+def said_and_played(
+    model: Transformer, cache_format: CacheFormat, seed: int, steps: int
+) -> tuple[list[list[Tensor]], Replays]:
+    """What steps left that were played, after comparing with what they leave said one by one: all
+    that they yielded and all that is in the cache, bit for bit."""
+    said, played = (filled(model, cache_format, seed) for _ in range(2))
+    model.watchers.add("the test")
+    expected = list(drive(model, said, seed, steps))
+    assert not Graph.captured
+    model.watchers.clear()
+    found = list(drive(model, played, seed, steps))
+    for number, (one, other) in enumerate(zip(expected, found, strict=True)):
+        assert all(a.isfinite().all() for a in one), number
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(one, other, strict=True)), number
+    for a, b in zip(held(said), held(played), strict=True):
+        assert torch.equal(bits(a), bits(b))
+    return found, replay._REPLAYS[played]
+
+
+@pytest.mark.parametrize(
+    ("form", "cache_format"), [("f32", CacheFormat.WIDE), ("release", CacheFormat.RELEASE)]
+)
+def test_captured_steps_have_the_bits_of_those_that_are_said(
+    form: str, cache_format: CacheFormat, seed: int
+) -> None:
+    _, records = said_and_played(small(seed, form), cache_format, seed, 26)
+    print(f"{Graph.captured} captured, {Graph.replays} played")
+    assert not records.off and Graph.replays >= 10 and len(records.kept) == Graph.captured
+    assert {key[0] == "draft" for key in records.kept} == {True, False}
+
+
+def test_what_is_not_told_anew_shows(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number of the step before, kept in a captured one: these tests are not blind to it."""
+
+    def follow(self: Spans, other: Spans) -> None:
+        self.position_T.copy_(other.position_T)
+
+    monkeypatch.setattr(Spans, "follow", follow)
+    monkeypatch.setattr("tests.engine.test_captured.PLACES", (118,))
+    with pytest.raises(AssertionError):
+        said_and_played(small(seed, "f32"), CacheFormat.WIDE, seed, 14)
+    assert Graph.replays > 4
+
+
+def test_what_waits_for_the_device_is_refused_and_steps_go_on(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ops = where.ops()
+    own = ops.rms_norm
+
+    def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        assert x.abs().max().item() >= 0
+        return own(x, weight, eps)
+
+    rms_norm.__module__ = own.__module__
+    monkeypatch.setattr("tests.engine.test_captured.PLACES", (118,))
+    model = small(seed, "f32", Assembled(vars(ops) | {"rms_norm": rms_norm}))
+    _, records = said_and_played(model, CacheFormat.WIDE, seed, 6)
+    assert records.off and not records.kept and Graph.captured == 1 and not Graph.replays
+
+
+def test_ops_of_the_definition_are_not_captured(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They ask the device for numbers; experts on the host are computed by the host."""
+    monkeypatch.setattr("tests.engine.test_captured.PLACES", (118,))
+    model = small(seed, "f32", select("torch", pretend.NAME))
+    _, records = said_and_played(model, CacheFormat.WIDE, seed, 6)
+    assert records.off and not Graph.captured
+    assert recordable(where.ops(), pretend.NAME)
+    assert not recordable(mixed(where.ops(), select()), pretend.NAME)
