@@ -40,7 +40,7 @@ def test_the_device() -> None:
 
 
 def test_some_state_equivalence() -> None:
-    chosen = "(snapshot or fork or batched or poison or clean) and (wide or release)"
+    chosen = "(snapshot or batched or poison or clean) and (wide or release)"
     run("tests/test_state.py", "-k", chosen, passing=10)
 
 
