@@ -202,18 +202,25 @@ class Cache:
             self.pool.share(page)
         sequence.pages, sequence.length = list(pages), snapshot.length
         sequence.oldest = snapshot.length
+        try:
+            self._put_back(snapshot, sequence.slot)
+        except BaseException:
+            self.close(sequence)
+            raise
+        return sequence
+
+    def _put_back(self, snapshot: Snapshot, slot: int) -> None:
         first = max(0, snapshot.length - self.config.sliding_window)
         near = torch.arange(first, snapshot.length, device=self.device)
         overlap = torch.arange(max(0, snapshot.length - CSA_RATIO), snapshot.length)
         tails = iter(snapshot.tails)
         for layer, rows in zip(self.layers, snapshot.windows, strict=True):
-            layer.ring.rows[sequence.slot, near % layer.ring.per_page] = rows
+            layer.ring.rows[slot, near % layer.ring.per_page] = rows
             if layer.tail is not None and layer.index_tail is not None:
                 main, index = next(tails)
                 at = overlap.to(self.device) % layer.tail.shape[1]
-                layer.tail[sequence.slot, at] = main
-                layer.index_tail[sequence.slot, at] = index
-        return sequence
+                layer.tail[slot, at] = main
+                layer.index_tail[slot, at] = index
 
     def nbytes(self, sequence: Sequence) -> int:
         """Bytes the sequence occupies: its pages (shared ones in full) and its slot."""

@@ -226,18 +226,17 @@ class Store:
 
     def _open(self) -> Index:
         """Take the lock and open the index; who has the folder alone repairs it first."""
-        if durable.take(self._lock, alone=True):
-            index = self._repair()
-            durable.take(self._lock, alone=False)
-            return index
+        alone = durable.take(self._lock, alone=True)
+        index = self._repair() if alone else None
         until = time.monotonic() + LOCK_S
+        # Who changes a lock has none for a moment, in which another process may take it.
         while not durable.take(self._lock, alone=False):
             if time.monotonic() > until:
                 raise TimeoutError("another process is repairing it")
             time.sleep(0.05)
-        if not self._has_key():
+        if index is None and not self._has_key():
             raise FileNotFoundError("its key is gone, and another process is using it")
-        return Index(self._at(_INDEX))
+        return index or Index(self._at(_INDEX))
 
     def _repair(self) -> Index:
         """Key, index and files as they must be, whatever was left behind."""

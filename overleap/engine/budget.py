@@ -76,6 +76,8 @@ def budget(
     weights         that are mapped and not resident yet
     Raises CapacityError naming the largest context that fits.
     """
+    if cache_format is CacheFormat.WIDE:  # of models whose activations are wide too
+        config = replace(config, torch_dtype="float32")
     now = machine.resident_bytes() if resident_bytes is None else resident_bytes
     if memory_bytes is None:
         free = machine.free_bytes()

@@ -351,3 +351,23 @@ def test_whatever_happens_it_is_right(
     rows = sum(path.stat().st_size for path in files(folder))
     with DiskTier(folder, space_bytes=space) as tier:
         assert tier.verify() == [] and tier.stats().bytes == rows
+
+
+def test_a_lock_that_another_takes_while_it_changes_is_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the repair: who changes a lock lets go of it first."""
+    asked: list[bool] = []
+    own = store_module.durable.take
+
+    def take(lock: int, *, alone: bool) -> bool:
+        asked.append(alone)
+        return own(lock, alone=alone) if asked != [True, False] else False
+
+    monkeypatch.setattr(store_module.durable, "take", take)
+    with DiskTier(folder, space_bytes=SPACE) as tier:
+        assert asked == [True, False, False] and tier.stats().errors == 0
+        other = os.open(next(folder.glob("*lock*")), os.O_RDWR)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(other)

@@ -3,6 +3,8 @@
 That the state itself is right is shown by ../test_state.py. Here: overleap/cache/state.py alone.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -188,6 +190,16 @@ def test_restore_that_does_not_fit_changes_nothing() -> None:
     assert cache.pool.holders(origin.pages[0]) == 1
     with pytest.raises(AssertionError):
         cache.restore(snapshot, [])
+
+
+def test_restore_that_fails_half_way_leaves_nothing() -> None:
+    cache = Cache(CONFIG, pages=2, slots=2)
+    origin = at(cache, 128)
+    snapshot = cache.snapshot(origin)
+    broken = replace(snapshot, windows=(*snapshot.windows[:-1], snapshot.windows[-1][:7]))
+    with pytest.raises(RuntimeError):
+        cache.restore(broken, origin.pages)
+    assert cache.slots_free == 1 and cache.pool.holders(origin.pages[0]) == 1
 
 
 def test_every_tensor_is_poisoned() -> None:

@@ -79,6 +79,17 @@ def test_scratch_does_not_depend_on_the_context() -> None:
     assert found[0].scratch_bytes == found[1].scratch_bytes == layout.scratch_bytes(FLASH, 512)
 
 
+def test_a_wide_cache_is_that_of_wide_activations() -> None:
+    """`--cache wide` reads the model in float32: temporaries take twice what they do in bf16."""
+    assert FLASH.torch_dtype == "bfloat16"
+    release, wide = (
+        budget(FLASH, 1024, form, memory_bytes=64 * GIB, resident_bytes=0, native=True)
+        for form in (CacheFormat.RELEASE, CacheFormat.WIDE)
+    )
+    assert release.chunk_tokens == wide.chunk_tokens
+    assert wide.scratch_bytes > 1.7 * release.scratch_bytes
+
+
 @pytest.mark.parametrize(
     ("text", "count"),
     [("8GiB", 8 * GIB), ("512 MiB", 512 * 2**20), ("2e9", 2_000_000_000), ("1.5gb", 15 * 10**8),
