@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from overleap.errors import BackendError
 from overleap.machine import cpu_info
@@ -34,6 +34,7 @@ class Kind:
     package    what has to be imported before torch knows the type; None for torch itself
     node       device file that is there when a chip is plugged in, or None
     hint       what makes torch drive it
+    graph      torch's class for work that is captured and launched as one, "" for none
     packed     whether it holds weights in FP8 and FP4
     float64    whether it has the type; `sample` runs on the host where not
     """
@@ -46,17 +47,19 @@ class Kind:
     package: str | None = None
     node: str | None = None
     hint: str = "install a build of torch for it"
+    graph: str = ""
     packed: bool = True
     float64: bool = True
 
 
 KINDS = (
     Kind("cuda", "cuda", "an NVIDIA GPU", "nccl", "triton", node="/dev/nvidiactl",
-         hint="install a CUDA build of torch"),
+         hint="install a CUDA build of torch", graph="CUDAGraph"),
     # A ROCm build of torch calls its devices cuda, and its RCCL nccl.
     Kind("rocm", "cuda", "an AMD GPU", "nccl", "triton", node="/dev/kfd",
-         hint="install a ROCm build of torch"),
-    Kind("xpu", "xpu", "an Intel GPU", "xccl", "triton", hint="install an XPU build of torch"),
+         hint="install a ROCm build of torch", graph="CUDAGraph"),
+    Kind("xpu", "xpu", "an Intel GPU", "xccl", "triton", hint="install an XPU build of torch",
+         graph="XPUGraph"),
     Kind("npu", "npu", "an Ascend NPU", "hccl", None, "torch_npu", "/dev/davinci0",
          "install torch_npu"),
     Kind("mlu", "mlu", "a Cambricon MLU", "cncl", None, "torch_mlu", "/dev/cambricon_dev0",
@@ -221,7 +224,32 @@ def current(device: "torch.device") -> AbstractContextManager[None]:
     their tensors are."""
     import torch
 
-    return torch.accelerator.device_index(device.index)
+    return torch.accelerator.device_index(None if device.type == "cpu" else device.index)
+
+
+def new_graph(device: "torch.device") -> Any:
+    """Of the device's work, and empty; AttributeError where torch has none for it."""
+    import torch
+
+    return getattr(torch.get_device_module(device), kind_of(device).graph)()
+
+
+def capturing(device: "torch.device", graph: Any, pool: Any, stream: Any) -> Any:
+    """While it lasts, what this thread gives the device is not done but becomes the graph's.
+
+    pool, stream  as `graph_room` made them; graphs with the same share memory
+    """
+    import torch
+
+    return torch.get_device_module(device).graph(graph, pool=pool, stream=stream)
+
+
+def graph_room(device: "torch.device") -> tuple[Any, Any]:
+    """A pool of memory for graphs of the device, and a stream to capture on."""
+    import torch
+
+    module = torch.get_device_module(device)
+    return module.graph_pool_handle(), module.Stream(device)
 
 
 def synchronise(device: "torch.device") -> None:

@@ -11,7 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, proxy
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from overleap.model.transformer import Batch, Output, Transformer
 
 MOST_TOKENS = 16  # of a step that is recorded: more are worth their saying
 MOST_BYTES = 8 * 2**20  # that recordings of a cache hold on a CPU
-MOST_DEVICE_BYTES = 256 * 2**20  # and of a device's memory, its driver's part included
+MOST_GRAPHS = 16  # and so many of them on a device, which does not tell what they hold
 LEAST_KEPT = 4  # recordings that must fit: how far sequences are into a block goes round
 OFTEN = 3  # times that a step comes before it is recorded, which takes as long as a few of it
 MOST_SEEN = 1024
@@ -40,15 +40,17 @@ def step(model: Transformer, batch: Batch, cache: Cache) -> Output:
         output: Output = model(batch, cache)
         return output
     key = _key(model, batch.spans, batch.rows)
+    given = (batch.ids_T,) if batch.rows is None else (batch.ids_T, batch.rows)
+    own: Cache = proxy(cache)  # a recording may hold what it was said by, and ends with its cache
 
     def said() -> tuple[Tensor, ...]:
-        output = model.compute(batch, cache)
+        output = model.compute(batch, own)
         return output.logits, output.hidden, output.streams
 
     if (played := records.find(key)) is not None:
-        found = played.again(batch.spans, batch.ids_T)
+        found = played.again(batch.spans, *given)
     else:
-        found = records.say(key, batch.spans, RATIOS, (batch.ids_T,), said)
+        found = records.say(key, batch.spans, RATIOS, given, said)
     batch.advance()
     return Output(*found)
 
@@ -63,16 +65,18 @@ def draft(
 ) -> Tensor:
     """The logits of `model.draft`, as `step` is of the model. The tensors become the record's."""
 
+    given, own = (streams_TMD, next_T, rows), proxy(cache)
+
     def said() -> tuple[Tensor, ...]:
-        return model.draft(streams_TMD, next_T, cache, spans, rows=rows)[:1]
+        return model.draft(streams_TMD, next_T, own, spans, rows=rows)[:1]
 
     records = _records(model, cache, spans)
     if records is None:
         return said()[0]
-    key = ("draft", spans.count, tuple(rows.tolist()), torch.get_num_threads())
+    key = ("draft", spans.count, len(rows), torch.get_num_threads())
     if (played := records.find(key)) is not None:
-        return played.again(spans, streams_TMD, next_T)[0]
-    return records.say(key, spans, (), (streams_TMD, next_T), said)[0]
+        return played.again(spans, *given)[0]
+    return records.say(key, spans, (), given, said)[0]
 
 
 @dataclass
@@ -90,11 +94,6 @@ class Replays:
     kept: "OrderedDict[Key, Played]" = field(default_factory=OrderedDict)
     seen: Counter[Key] = field(default_factory=Counter)
     large: set[Key] = field(default_factory=set)
-
-    @property
-    def most_bytes(self) -> int:
-        """That its recordings hold."""
-        return MOST_BYTES if self.model.device.type == "cpu" else MOST_DEVICE_BYTES
 
     def find(self, key: Key) -> "Played | None":
         """What was recorded of a step like this."""
@@ -118,7 +117,7 @@ class Replays:
         """
         self.seen[key] += 1
         often = self.seen[key] >= OFTEN and key not in self.large and not self.off
-        recording = record(spans, ratios, self.most_bytes // LEAST_KEPT) if often else None
+        recording = record(spans, ratios, MOST_BYTES // LEAST_KEPT) if often else None
         if recording is None:
             if len(self.seen) > MOST_SEEN:
                 self.seen.clear()
@@ -136,9 +135,16 @@ class Replays:
             self.off = True
             return
         self.kept[key] = played
-        while sum(one.recording.nbytes for one in self.kept.values()) > self.most_bytes:
+        while self._beyond():
             oldest, _ = self.kept.popitem(last=False)
             del self.seen[oldest]
+
+    def _beyond(self) -> bool:
+        """Whether more is kept than may be."""
+        if self.model.device.type != "cpu":
+            return len(self.kept) > MOST_GRAPHS
+        held: int = sum(one.recording.nbytes for one in self.kept.values())
+        return held > MOST_BYTES
 
 
 @dataclass(eq=False)
@@ -166,7 +172,7 @@ def _records(model: Transformer, cache: Cache, spans: Spans) -> Replays | None:
         known = _REPLAYS[cache] = Replays(
             model, model.assigned, off=not recordable(model.ops, model.device.type)
         )
-    return known
+    return None if known.off else known
 
 
 def _copied(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -182,8 +188,8 @@ def _key(model: Transformer, spans: Spans, rows: Tensor | None) -> Key:
         tuple(last - first for first, last in spans.emitted(HCA_RATIO)),
         max(last for _, last in blocks) > model.config.index_topk,
         spans.table_BP.shape[1],
-        spans.reach,
-        None if rows is None else tuple(rows.tolist()),
+        0 if model.device.type == "cpu" else spans.reach,
+        None if rows is None else len(rows),
         torch.get_num_threads(),
     )
 

@@ -95,7 +95,7 @@ def recording(spans: Spans, ratios: tuple[int, ...], most_bytes: int) -> Any:
     """Records a step of layers of these ratios: its native calls, or what it gives a device. None
     on a CPU without native code."""
     if spans.position_T.device.type != "cpu":
-        return Capture(spans, most_bytes)
+        return Capture(spans)
     try:
         import_module("overleap.kernels.cpu._native")
     except ImportError:  # `overleap kernels` says why

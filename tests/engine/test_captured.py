@@ -3,9 +3,10 @@
 Skipped but in a process with the pretend device and Triton's interpreter: kernels/test_triton.py.
 """
 
+import gc
 import random
+import weakref
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from tests import pretend
 from tests.checkpoints import random_tensors, tiny_config
 from tests.oracles import where
 from tests.oracles.running import build
-from tests.pretend.graph import Graph
+from tests.pretend.graph import Graph, provide
 
 if where.DEVICE.type != pretend.NAME or where.BACKEND != "triton":
     pytest.skip("not on the pretend device with Triton's interpreter", allow_module_level=True)
@@ -36,10 +37,8 @@ PLACES = (0, 118, 1014)  # where texts stand at first: shortly before a page, or
 
 @pytest.fixture(autouse=True)
 def _pretend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.accelerator, "Graph", Graph)
-    monkeypatch.setattr(torch, "Stream", lambda device: nullcontext())
+    provide(monkeypatch)
     monkeypatch.setattr(replay, "OFTEN", 1)
-    Graph.captured = Graph.replays = 0
 
 
 def drive(model: Transformer, cache: Cache, seed: int, steps: int = 26) -> Iterator[list[Tensor]]:
@@ -160,6 +159,48 @@ def test_what_waits_for_the_device_is_refused_and_steps_go_on(
     model = small(seed, "f32", Assembled(vars(ops) | {"rms_norm": rms_norm}))
     _, records = said_and_played(model, CacheFormat.WIDE, seed, 6)
     assert records.off and not records.kept and Graph.captured == 1 and not Graph.replays
+
+
+def test_a_device_without_graphs_goes_on(
+    seed: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And is asked for one once."""
+    monkeypatch.setattr(torch.get_device_module(pretend.NAME), "Graph", no_graph)
+    monkeypatch.setattr("tests.engine.test_captured.PLACES", (118,))
+    model = small(seed, "f32")
+    _, records = said_and_played(model, CacheFormat.WIDE, seed, 4)
+    assert records.off and "captures none: no graphs here" in caplog.text
+    said_and_played(model, CacheFormat.WIDE, seed, 4)
+    assert caplog.text.count("captures none") == 1
+
+
+def no_graph() -> None:
+    raise RuntimeError("no graphs here")
+
+
+def test_a_capture_without_memory_is_tried_no_more(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Graph) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(Graph, "__enter__", full)
+    monkeypatch.setattr("tests.engine.test_captured.PLACES", (118,))
+    _, records = said_and_played(small(seed, "f32"), CacheFormat.WIDE, seed, 4)
+    assert records.large and not records.kept and not records.off
+
+
+def test_captured_steps_end_with_their_cache(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.engine.test_captured.PLACES", (118,))
+    monkeypatch.setattr(replay, "MOST_GRAPHS", 3)
+    model = small(seed, "f32")
+    cache = filled(model, CacheFormat.WIDE, seed)
+    kept = [len(replay._REPLAYS[cache].kept) for _ in drive(model, cache, seed, 8)]
+    assert max(kept) == 3
+    there = weakref.ref(cache)
+    del cache
+    gc.collect()
+    assert there() is None
 
 
 def test_ops_of_the_definition_are_not_captured(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A graph of the pretend device: what torch.accelerator.Graph is on a card.
+"""A graph of the pretend device: what torch.cuda.CUDAGraph is on a card.
 
 While it captures, nothing that is given to the device is done, as on a card: what was written is
 put back, and results are NaN. What a card refuses to capture is refused. `replay` does all of it
@@ -9,10 +9,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+
+from overleap import devices
+from tests import pretend
 
 ROOM = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default}
 WAITS = {
@@ -29,15 +33,11 @@ class Graph:
     captured = 0  # by all
     replays = 0
 
-    def __init__(self, pool: tuple[int, int] | None = None, capture_error_mode: str = "") -> None:
-        self._given = pool
+    def __init__(self) -> None:
         self._calls: list[Callable[[], object]] = []
         self._made: list[Tensor] = []
         self._before: list[tuple[Tensor, Tensor]] = []
         self._mode = _Capture(self)
-
-    def pool(self) -> tuple[int, int]:
-        return self._given or (0, 1)
 
     def __enter__(self) -> None:
         from triton.runtime.interpreter import InterpretedFunction
@@ -104,6 +104,23 @@ class Graph:
         for call in self._calls:
             call()
         Graph.replays += 1
+
+
+def provide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pretend device has such graphs, and none was captured yet."""
+    row = devices.Kind(pretend.NAME, pretend.NAME, "a pretend device", "gloo", graph="Graph")
+    monkeypatch.setattr(devices, "KINDS", (row, *devices.KINDS))
+    module = torch.get_device_module(pretend.NAME)
+    for name, value in {
+        "Graph": Graph,
+        "graph": lambda graph, pool, stream: graph,
+        "graph_pool_handle": lambda: (0, 1),
+        "Stream": lambda device: None,
+    }.items():
+        monkeypatch.setattr(module, name, value, raising=False)
+    monkeypatch.setattr("overleap.kernels.graph._FAILED", {})
+    monkeypatch.setattr("overleap.kernels.graph._ROOMS", {})
+    Graph.captured = Graph.replays = 0
 
 
 class _Capture(TorchDispatchMode):
