@@ -133,6 +133,7 @@ class Replays:
             return
         if played.recording.refused is not None:
             self.off = True
+            self.kept.clear()
             return
         self.kept[key] = played
         while self._beyond():

@@ -9,7 +9,9 @@ native calls of a CPU).
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -22,14 +24,26 @@ log = logging.getLogger("overleap.kernels")
 
 NOT_WAITING = {"window_write", "page_write"}  # for the device, of the definition's ops
 IN_NO_STEP = {"sample", "orthogonalise"}
-_ROOMS: dict[tuple[torch.device, int], tuple[Any, Any]] = {}
+
+
+@dataclass(eq=False)
+class Room:
+    """Where the graphs of a thread lie, and the stream that they are captured on."""
+
+    pool: Any
+    stream: Any
+
+
+_ROOMS: WeakValueDictionary[tuple[torch.device, int], Room] = WeakValueDictionary()
 _FAILED: dict[torch.device, Any] = {}  # graphs that were not finished: a device may point at them
 
 
 def capturable(ops: Ops) -> bool:
     """Whether no op of a step asks the device for a number, or has the host compute."""
     return all(
-        op.__module__.startswith("overleap.kernels.triton.") or name in NOT_WAITING | IN_NO_STEP
+        op.__module__.startswith("overleap.kernels.triton.")
+        or name in IN_NO_STEP
+        or (name in NOT_WAITING and op.__module__.startswith("overleap.kernels.torch."))
         for name, op in vars(ops).items()
     )
 
@@ -48,6 +62,7 @@ class Capture:
         self.refused: str | None = None
         self.large = False
         self._spans, self._device = spans, spans.position_T.device
+        self._graph: Any = None
 
     def of(self, said: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """What `said` returns. It is called twice: a capture computes nothing."""
@@ -55,29 +70,35 @@ class Capture:
         if self._device in _FAILED:
             self.refused = "a capture failed before"
             return found
-        graph = None
         try:
-            with current(self._device):
-                graph, room = new_graph(self._device), self._room()
-                with capturing(self._device, graph, *room):
-                    results = said()
-        except torch.OutOfMemoryError:
-            self.large = True
-            return found
+            results = self._capture(said)
         except (RuntimeError, AttributeError) as error:
-            _FAILED[self._device], self.refused = graph, str(error)
-            log.warning("steps are launched op by op, %s captures none: %s", self._device, error)
+            before = error.__context__  # what ends a capture may fail because of it
+            first = before if isinstance(before, RuntimeError) else error
+            if isinstance(first, torch.OutOfMemoryError):
+                self.large = True
+                return found
+            self.refused = str(first).partition("\n")[0]
+            _FAILED[self._device] = self._graph
+            log.warning("%s is given steps op by op, not captured: %s", self._device, self.refused)
             return found
-        self._graph, self._said = graph, said  # and with it the tensors that it reads
         for own, made in zip(results, found, strict=True):
             own.copy_(made)
         return results
 
-    def _room(self) -> tuple[Any, Any]:
-        key = self._device, threading.get_ident()
-        if key not in _ROOMS:
-            _ROOMS[key] = graph_room(self._device)
-        return _ROOMS[key]
+    def _capture(self, said: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        key, stream = (self._device, threading.get_ident()), None
+        with current(self._device):
+            try:
+                self._graph = new_graph(self._device)
+                self._room = _ROOMS.get(key) or Room(*graph_room(self._device))
+                _ROOMS[key], self._said = self._room, said  # which has the tensors that it reads
+                stream = torch.accelerator.current_stream(self._device)
+                with capturing(self._device, self._graph, self._room.pool, self._room.stream):
+                    return said()
+            finally:
+                if stream is not None:  # a capture that fails leaves its own behind
+                    torch.accelerator.set_stream(stream)
 
     def play(self, spans: Spans) -> None:
         """All of it again, for sequences that stand elsewhere; results are where they were."""

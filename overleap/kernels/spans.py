@@ -85,7 +85,8 @@ class Spans:
         self.table_BP.copy_(other.table_BP)
         for key, own in self.kept.items():
             if isinstance(key, tuple) and own.numel():
-                own.copy_(other.known(*key))
+                make, number = key
+                own.copy_(make(other, number))
 
     def begins(self, ratio: int) -> Tensor:
         """i64 [completed]: position of the first token of every block that this step completes."""
@@ -93,11 +94,12 @@ class Spans:
 
     def last_rows(self, capacity: int) -> Tensor | None:
         """Packed rows that survive in a ring of `capacity` rows; None means all of them."""
-        if max(self.count) <= capacity:
-            return None
-        ends = zip(self.offset[:-1], self.offset[1:], strict=True)
-        rows = [torch.arange(max(a, b - capacity), b) for a, b in ends]
-        return torch.cat(rows).to(self.position_T.device)
+        return None if max(self.count) <= capacity else self.known(_last_rows, capacity)
+
+
+def _last_rows(spans: Spans, capacity: int) -> Tensor:
+    ends = zip(spans.offset[:-1], spans.offset[1:], strict=True)
+    return torch.cat([torch.arange(max(a, b - capacity), b) for a, b in ends])
 
 
 def _begins(spans: Spans, ratio: int) -> Tensor:

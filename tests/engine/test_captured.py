@@ -145,7 +145,7 @@ def test_what_is_not_told_anew_shows(seed: int, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_waits_for_the_device_is_refused_and_steps_go_on(
-    seed: int, monkeypatch: pytest.MonkeyPatch
+    seed: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     ops = where.ops()
     own = ops.rms_norm
@@ -159,6 +159,7 @@ def test_what_waits_for_the_device_is_refused_and_steps_go_on(
     model = small(seed, "f32", Assembled(vars(ops) | {"rms_norm": rms_norm}))
     _, records = said_and_played(model, CacheFormat.WIDE, seed, 6)
     assert records.off and not records.kept and Graph.captured == 1 and not Graph.replays
+    assert "waits for the device, which is capturing" in caplog.text
 
 
 def test_a_device_without_graphs_goes_on(
@@ -169,9 +170,9 @@ def test_a_device_without_graphs_goes_on(
     monkeypatch.setattr("tests.engine.test_captured.PLACES", (118,))
     model = small(seed, "f32")
     _, records = said_and_played(model, CacheFormat.WIDE, seed, 4)
-    assert records.off and "captures none: no graphs here" in caplog.text
+    assert records.off and "not captured: no graphs here" in caplog.text
     said_and_played(model, CacheFormat.WIDE, seed, 4)
-    assert caplog.text.count("captures none") == 1
+    assert caplog.text.count("not captured") == 1
 
 
 def no_graph() -> None:
@@ -211,3 +212,9 @@ def test_ops_of_the_definition_are_not_captured(seed: int, monkeypatch: pytest.M
     assert records.off and not Graph.captured
     assert recordable(where.ops(), pretend.NAME)
     assert not recordable(mixed(where.ops(), select()), pretend.NAME)
+
+    def page_write(*given: object) -> None:
+        """Of another package."""
+
+    theirs = Assembled(vars(where.ops()) | {"page_write": page_write})
+    assert not recordable(theirs, pretend.NAME)

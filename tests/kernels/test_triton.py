@@ -1,7 +1,8 @@
 """Kernels in Triton: compiled ahead of time for chips that are not here, proven in the interpreter.
 
 Compiling needs no card: ptxas comes with Triton. The interpreter wants a process of its own
-(test_triton_interpreted.py says what runs there); the whole proof takes hours: `make test-hours`.
+(test_triton_interpreted.py says what runs there), as do steps captured on the pretend device
+(../engine/test_captured.py). State equivalence takes it more than an hour: `make test-hours`.
 """
 
 import os

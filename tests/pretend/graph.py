@@ -61,6 +61,8 @@ class Graph:
         for made in self._made:
             made.fill_(torch.nan if made.is_floating_point() else 1)
         Graph.captured += 1
+        if error[0] is not None:
+            raise RuntimeError("the capture was broken off")
 
     def take(self, call: Callable[[], object]) -> object:
         """Do it, and remember it."""

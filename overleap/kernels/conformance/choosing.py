@@ -67,6 +67,8 @@ def _rows(draw: Draw, vocabulary: int, kind: str, masked: bool, best: int | None
     forbidden = torch.rand(rows, vocabulary, generator=draw.generator) < 0.2
     logits[forbidden.to(draw.device)] = -torch.inf
     logits[:, vocabulary // 2] = 1.0
+    if kind == "ties":  # at least two are the largest where that alone counts
+        logits[0, [vocabulary // 2, -1]] = logits[0].max()
     allowed = _mask(draw, rows, vocabulary) if masked else None
     choices = [Choice(0.0)]
     for row, cut in enumerate(CUTS[: rows - 1], 1):

@@ -2,8 +2,8 @@
 
 Release weights and cache rows are decoded from their bytes by integer operations (formats.py), so
 that a chip without FP8 runs them too. What writes rows and pages is torch's indexing, what samples
-and orthogonalises is torch's own. No op of a step waits for the device, so that one can be
-captured (kernels/graph.py). Not run on a card yet: tuning.toml says what was tried.
+and orthogonalises is torch's own. No op of a decode step waits for the device, so that one
+can be captured (kernels/graph.py). Not run on a card yet: tuning.toml says what was tried.
 Read next: linear.py, attention.py.
 """
 
