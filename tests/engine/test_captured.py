@@ -127,7 +127,8 @@ def test_captured_steps_have_the_bits_of_those_that_are_said(
 ) -> None:
     _, records = said_and_played(small(seed, form), cache_format, seed, 26)
     print(f"{Graph.captured} captured, {Graph.replays} played")
-    assert not records.off and Graph.replays >= 10 and len(records.kept) == Graph.captured
+    assert not records.off and Graph.replays >= 10
+    assert len(records.kept) == min(Graph.captured, replay.MOST_GRAPHS)
     assert {key[0] == "draft" for key in records.kept} == {True, False}
 
 
