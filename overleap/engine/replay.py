@@ -18,8 +18,7 @@ from torch import Tensor
 
 from overleap.cache.state import Cache
 from overleap.config import CSA_RATIO, HCA_RATIO
-from overleap.kernels import recordable
-from overleap.kernels import recording as record
+from overleap.kernels import Recorder, recorder
 from overleap.kernels.spans import Spans
 from overleap.model.transformer import Batch, Output, Transformer
 
@@ -85,12 +84,12 @@ class Replays:
 
     seen   how often steps came that were said
     large  keys of steps that take more memory than they are worth
-    off    its steps cannot be recorded
+    record what records them, None where they cannot be
     """
 
     model: Transformer
     assigned: int
-    off: bool
+    record: Recorder | None
     kept: "OrderedDict[Key, Played]" = field(default_factory=OrderedDict)
     seen: Counter[Key] = field(default_factory=Counter)
     large: set[Key] = field(default_factory=set)
@@ -116,13 +115,13 @@ class Replays:
         given   tensors that the next such step will have other values of
         """
         self.seen[key] += 1
-        often = self.seen[key] >= OFTEN and key not in self.large and not self.off
-        recording = record(spans, ratios, MOST_BYTES // LEAST_KEPT) if often else None
-        if recording is None:
+        often = self.seen[key] >= OFTEN and key not in self.large
+        if self.record is None or not often:
             if len(self.seen) > MOST_SEEN:
                 self.seen.clear()
                 self.large.clear()
             return said()
+        recording = self.record(spans, ratios, MOST_BYTES // LEAST_KEPT)
         results = recording.of(said)
         self._keep(key, Played(given, results, recording))
         return _copied(results)
@@ -132,7 +131,7 @@ class Replays:
             self.large.add(key)
             return
         if played.recording.refused is not None:
-            self.off = True
+            self.record = None
             self.kept.clear()
             return
         self.kept[key] = played
@@ -170,10 +169,9 @@ def _records(model: Transformer, cache: Cache, spans: Spans) -> Replays | None:
         return None
     known = _REPLAYS.get(cache)
     if known is None or known.model is not model or known.assigned != model.assigned:
-        known = _REPLAYS[cache] = Replays(
-            model, model.assigned, off=not recordable(model.ops, model.device.type)
-        )
-    return None if known.off else known
+        record = recorder(model.ops, model.device)
+        known = _REPLAYS[cache] = Replays(model, model.assigned, record)
+    return None if known.record is None else known
 
 
 def _copied(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -16,10 +16,12 @@ from importlib import import_module
 from importlib.metadata import entry_points, version
 from typing import Any
 
+import torch
+
 from overleap.devices import KINDS
 from overleap.errors import BackendError
 from overleap.kernels.composed import Assembled
-from overleap.kernels.graph import Capture, capturable
+from overleap.kernels.graph import Captures, capturable
 from overleap.kernels.spans import Spans
 from overleap.kernels.spec import COARSE, LEFT_TO_TORCH, OP_NAMES, Ops
 
@@ -28,6 +30,8 @@ OWN = {
     "torch": "overleap.kernels.torch",
     "triton": "overleap.kernels.triton",
 }
+# Takes the spans of a step, the ratios of its layers, and the most bytes that its record may hold.
+Recorder = Callable[[Spans, tuple[int, ...], int], Any]
 DEFINITION = "torch"
 COMPOSED = "fine ops"  # serve a coarse op that no backend in line has
 LEFT = "whole matrix products alone, torch's are as fast"
@@ -83,24 +87,22 @@ def identity(ops: Ops, device: str, dtype: str) -> str:
     return sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def recordable(ops: Ops, device: str) -> bool:
-    """Whether a step of these ops can be recorded on this type of device: on a CPU where all are
-    the project's own (another's native code would go unseen and be left out)."""
-    if device != "cpu":
-        return capturable(ops)
-    return all(op.__module__.startswith("overleap.kernels.") for op in vars(ops).values())
+def recorder(ops: Ops, device: torch.device) -> Recorder | None:
+    """What records steps of these ops, for one cache: native calls, or what a device is given.
 
-
-def recording(spans: Spans, ratios: tuple[int, ...], most_bytes: int) -> Any:
-    """Records a step of layers of these ratios: its native calls, or what it gives a device. None
-    on a CPU without native code."""
-    if spans.position_T.device.type != "cpu":
-        return Capture(spans)
+    None where they cannot be: on a CPU without native code, or with that of others, which would go
+    unseen and be left out; on a device whose ops are not `capturable`.
+    """
+    if device.type != "cpu":
+        return Captures(device).begin if capturable(ops) else None
+    if not all(op.__module__.startswith("overleap.kernels.") for op in vars(ops).values()):
+        return None
     try:
         import_module("overleap.kernels.cpu._native")
     except ImportError:  # `overleap kernels` says why
         return None
-    return import_module("overleap.kernels.cpu.tape").Recording(spans, ratios, most_bytes)
+    record: Recorder = import_module("overleap.kernels.cpu.tape").Recording
+    return record
 
 
 def asked(wanted: str = "auto", device: str = "cpu") -> tuple[str, ...]:

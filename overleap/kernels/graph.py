@@ -1,17 +1,15 @@
 """The work that a step gives a device, captured once and given again as one graph (devices.KINDS).
 
 What is captured must stay where it is: weights, the cache, the numbers of the step (`Spans.known`)
-and what it makes itself, in memory that all captures of a thread share. Not run on a card yet; the
+and what it makes itself, in memory that the captures of a cache share. Not run on a card yet; the
 tests capture on a device that pretends. Read next: engine/replay.py, cpu/tape.py (the same for the
 native calls of a CPU).
 """
 
 import logging
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -26,16 +24,9 @@ NOT_WAITING = {"window_write", "page_write"}  # for the device, of the definitio
 IN_NO_STEP = {"sample", "orthogonalise"}
 
 
-@dataclass(eq=False)
-class Room:
-    """Where the graphs of a thread lie, and the stream that they are captured on."""
-
-    pool: Any
-    stream: Any
-
-
-_ROOMS: WeakValueDictionary[tuple[torch.device, int], Room] = WeakValueDictionary()
-_FAILED: dict[torch.device, Any] = {}  # graphs that were not finished: a device may point at them
+# Graphs that were not finished. A device may point at them, and what state it is in is not ours to
+# guess: none are captured on it any more.
+_FAILED: dict[torch.device, Any] = {}
 
 
 def capturable(ops: Ops) -> bool:
@@ -48,6 +39,22 @@ def capturable(ops: Ops) -> bool:
     )
 
 
+class Captures:
+    """Those of one cache: they share memory, and are captured on one stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @cached_property
+    def room(self) -> tuple[Any, Any]:
+        """The memory and the stream."""
+        return graph_room(self.device)
+
+    def begin(self, spans: Spans, ratios: tuple[int, ...], most_bytes: int) -> "Capture":
+        """One more."""
+        return Capture(spans, self)
+
+
 class Capture:
     """Captures what `of` is given to call; `play` gives it to the device again.
 
@@ -58,10 +65,10 @@ class Capture:
 
     nbytes = 0
 
-    def __init__(self, spans: Spans) -> None:
+    def __init__(self, spans: Spans, captures: Captures) -> None:
         self.refused: str | None = None
         self.large = False
-        self._spans, self._device = spans, spans.position_T.device
+        self._spans, self._captures, self._device = spans, captures, captures.device
         self._graph: Any = None
 
     def of(self, said: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -87,18 +94,14 @@ class Capture:
         return results
 
     def _capture(self, said: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        key, stream = (self._device, threading.get_ident()), None
         with current(self._device):
+            stream = torch.accelerator.current_stream(self._device)
             try:
-                self._graph = new_graph(self._device)
-                self._room = _ROOMS.get(key) or Room(*graph_room(self._device))
-                _ROOMS[key], self._said = self._room, said  # which has the tensors that it reads
-                stream = torch.accelerator.current_stream(self._device)
-                with capturing(self._device, self._graph, self._room.pool, self._room.stream):
+                self._graph, self._said = new_graph(self._device), said  # with what it reads
+                with capturing(self._device, self._graph, *self._captures.room):
                     return said()
-            finally:
-                if stream is not None:  # a capture that fails leaves its own behind
-                    torch.accelerator.set_stream(stream)
+            finally:  # a capture that fails leaves its own behind
+                torch.accelerator.set_stream(stream)
 
     def play(self, spans: Spans) -> None:
         """All of it again, for sequences that stand elsewhere; results are where they were."""

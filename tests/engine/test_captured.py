@@ -17,7 +17,7 @@ from overleap.cache.state import Cache
 from overleap.engine import replay
 from overleap.engine.replay import Replays
 from overleap.engine.runner import Follow, draft, step
-from overleap.kernels import recordable, select
+from overleap.kernels import recorder, select
 from overleap.kernels.composed import Assembled
 from overleap.kernels.mixed import mixed
 from overleap.kernels.spans import Spans
@@ -26,7 +26,7 @@ from overleap.model.transformer import Transformer
 from tests import pretend
 from tests.checkpoints import random_tensors, tiny_config
 from tests.oracles import where
-from tests.oracles.running import build
+from tests.oracles.running import build, held
 from tests.pretend.graph import Graph, provide
 
 if where.DEVICE.type != pretend.NAME or where.BACKEND != "triton":
@@ -81,15 +81,6 @@ def filled(model: Transformer, cache_format: CacheFormat, seed: int) -> Cache:
     return cache
 
 
-def held(cache: Cache) -> list[Tensor]:
-    """Everything in it."""
-    found = []
-    for layer in cache.layers:
-        pools = [p.rows for p in (layer.ring, layer.entries, layer.keys) if p is not None]
-        found += [*pools, *(t for t in (layer.tail, layer.index_tail) if t is not None)]
-    return found
-
-
 def bits(tensor: Tensor) -> Tensor:
     return tensor.cpu().contiguous().view(torch.uint8)
 
@@ -127,7 +118,7 @@ def test_captured_steps_have_the_bits_of_those_that_are_said(
 ) -> None:
     _, records = said_and_played(small(seed, form), cache_format, seed, 26)
     print(f"{Graph.captured} captured, {Graph.replays} played")
-    assert not records.off and Graph.replays >= 10
+    assert records.record is not None and Graph.replays >= 10
     assert len(records.kept) == min(Graph.captured, replay.MOST_GRAPHS)
     assert {key[0] == "draft" for key in records.kept} == {True, False}
 
@@ -159,7 +150,7 @@ def test_what_waits_for_the_device_is_refused_and_steps_go_on(
     monkeypatch.setattr("tests.engine.test_captured.PLACES", (118,))
     model = small(seed, "f32", Assembled(vars(ops) | {"rms_norm": rms_norm}))
     _, records = said_and_played(model, CacheFormat.WIDE, seed, 6)
-    assert records.off and not records.kept and Graph.captured == 1 and not Graph.replays
+    assert records.record is None and not records.kept and Graph.captured == 1 and not Graph.replays
     assert "waits for the device, which is capturing" in caplog.text
 
 
@@ -171,7 +162,7 @@ def test_a_device_without_graphs_goes_on(
     monkeypatch.setattr("tests.engine.test_captured.PLACES", (118,))
     model = small(seed, "f32")
     _, records = said_and_played(model, CacheFormat.WIDE, seed, 4)
-    assert records.off and "not captured: no graphs here" in caplog.text
+    assert records.record is None and "not captured: no graphs here" in caplog.text
     said_and_played(model, CacheFormat.WIDE, seed, 4)
     assert caplog.text.count("not captured") == 1
 
@@ -189,7 +180,7 @@ def test_a_capture_without_memory_is_tried_no_more(
     monkeypatch.setattr(Graph, "__enter__", full)
     monkeypatch.setattr("tests.engine.test_captured.PLACES", (118,))
     _, records = said_and_played(small(seed, "f32"), CacheFormat.WIDE, seed, 4)
-    assert records.large and not records.kept and not records.off
+    assert records.large and not records.kept and records.record is not None
 
 
 def test_captured_steps_end_with_their_cache(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,12 +201,12 @@ def test_ops_of_the_definition_are_not_captured(seed: int, monkeypatch: pytest.M
     monkeypatch.setattr("tests.engine.test_captured.PLACES", (118,))
     model = small(seed, "f32", select("torch", pretend.NAME))
     _, records = said_and_played(model, CacheFormat.WIDE, seed, 6)
-    assert records.off and not Graph.captured
-    assert recordable(where.ops(), pretend.NAME)
-    assert not recordable(mixed(where.ops(), select()), pretend.NAME)
+    assert records.record is None and not Graph.captured
+    assert recorder(where.ops(), where.DEVICE) is not None
+    assert recorder(mixed(where.ops(), select()), where.DEVICE) is None
 
     def page_write(*given: object) -> None:
         """Of another package."""
 
     theirs = Assembled(vars(where.ops()) | {"page_write": page_write})
-    assert not recordable(theirs, pretend.NAME)
+    assert recorder(theirs, where.DEVICE) is None

@@ -19,7 +19,6 @@ from overleap.errors import BackendError
 from overleap.eval.logits import all_logits
 from overleap.kernels import backends, identity, native, select, shortfall, table
 from overleap.kernels.conformance import conform
-from overleap.kernels.spans import Spans
 from overleap.kernels.spec import LEFT_TO_TORCH, OP_NAMES
 from overleap.kernels.torch.linear import hadamard
 
@@ -210,12 +209,12 @@ def test_without_the_extension_torch_serves_and_says_why(unbuilt: None, seed: in
 def test_only_missing_native_code_means_that_no_step_is_recorded(
     unbuilt: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spans = Spans.of([(0, 1, 0, [0])], torch.device("cpu"))
-    assert kernels.recording(spans, (4,), 0) is None
+    ops, device = select(), torch.device("cpu")
+    assert kernels.recorder(ops, device) is None
     monkeypatch.setitem(sys.modules, "overleap.kernels.cpu._native", ModuleType("_native"))
     monkeypatch.setitem(sys.modules, "overleap.kernels.cpu.tape", None)
     with pytest.raises(ImportError, match="tape"):
-        kernels.recording(spans, (4,), 0)
+        kernels.recorder(ops, device)
 
 
 def test_what_computes_has_a_name(chip: str) -> None:

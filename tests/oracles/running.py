@@ -38,13 +38,19 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def poison(cache: Cache) -> None:
-    """Every byte of the cache becomes a NaN: whoever reads what nobody wrote shows it."""
+def held(cache: Cache) -> list[Tensor]:
+    """Everything in it."""
+    found: list[Tensor | None] = []
     for layer in cache.layers:
         pools = [p.rows for p in (layer.ring, layer.entries, layer.keys) if p is not None]
-        for tensor in (*pools, layer.tail, layer.index_tail):
-            if tensor is not None:
-                tensor.fill_(255 if tensor.dtype is torch.uint8 else torch.nan)
+        found += [*pools, layer.tail, layer.index_tail]
+    return [tensor for tensor in found if tensor is not None]
+
+
+def poison(cache: Cache) -> None:
+    """Every byte of the cache becomes a NaN: whoever reads what nobody wrote shows it."""
+    for tensor in held(cache):
+        tensor.fill_(255 if tensor.dtype is torch.uint8 else torch.nan)
 
 
 def room(config: ModelConfig, tokens: int, cache_format: CacheFormat, slots: int = 2) -> Cache:

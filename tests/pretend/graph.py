@@ -121,7 +121,6 @@ def provide(monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         monkeypatch.setattr(module, name, value, raising=False)
     monkeypatch.setattr("overleap.kernels.graph._FAILED", {})
-    monkeypatch.setattr("overleap.kernels.graph._ROOMS", {})
     Graph.captured = Graph.replays = 0
 
 
